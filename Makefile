@@ -1,0 +1,32 @@
+# make install  set up .venv with everything          make demo   the whole walk on real data, CPU is enough
+# make test     all tests (fair cover of matrices)    make lint   style, types, import rules
+# make test-full  the exhaustive matrices as well
+
+PYTHON ?= python3
+BIN := .venv/bin
+# One thread per process: tests and the demo start several processes on few cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install demo test test-full lint
+
+install: .venv/.installed
+
+.venv/.installed: setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[eval,demo,dev,mpi]'
+	touch $@
+
+demo: install
+	$(BIN)/python tools/demo/run.py --output runs/demo
+
+test: install
+	$(BIN)/python -m pytest tests
+
+test-full: install
+	$(BIN)/python -m pytest tests --full
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports

@@ -1,0 +1,17 @@
+"""The errors a user can meet. Each message says what, the value got, and what to do."""
+
+
+class MegarqError(ValueError):
+    """Base of every error that the user, not the programmer, can mend."""
+
+
+class ConfigError(MegarqError):
+    """A configuration, an option or a combination of them that cannot be run."""
+
+
+class DataError(MegarqError):
+    """Images, captions, code shards or tokenizers that are missing, damaged or do not fit each other."""
+
+
+class CheckpointError(MegarqError):
+    """A checkpoint or exported model that is missing, incomplete, damaged or of another model."""
