@@ -15,6 +15,7 @@ setup(
         "torch>=2.11",
         "torchvision>=0.26",
         "deepspeed>=0.19",
+        "braceexpand",
         "numpy",
         "omegaconf>=2.3",
         "pillow",

@@ -1,19 +1,52 @@
 """What every command line shares: errors for people, and no traceback where they can mend it."""
 
+import argparse
+import os
 import sys
 from collections.abc import Callable
 
-from megarq.errors import MegarqError
+from megarq.errors import ConfigError, MegarqError
 
 
 def run(main: Callable[[], None]) -> int:
-    """Run a command and return its exit status: 0, 2 after printing a MegarqError on stderr, 130 when interrupted."""
+    """Run a command and return its exit status: 0, 2 after printing a MegarqError on stderr, 130 when interrupted.
+
+    A ConfigError is the same on all ranks of a job, so rank 0 alone prints it.
+    """
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     try:
         main()
     except MegarqError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if rank == "0" or not isinstance(error, ConfigError):
+            print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def training_parser(description: str | None, ds_config: str) -> argparse.ArgumentParser:
+    """The options that both training commands have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--ds_config", default=ds_config, help=f"DeepSpeed's JSON, or a name in configs/deepspeed (default {ds_config})"
+    )
+    parser.add_argument("--output", help="folder of the run; a run that is there goes on")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, such as train.lr=1e-3")
+    return parser
+
+
+def require(args: argparse.Namespace, parser: argparse.ArgumentParser, **examples: str) -> None:
+    """Raise ConfigError with the complete command to type where one of these options is missing."""
+    missing = [f"--{name}" for name in examples if not getattr(args, name)]
+    if missing:
+        options = " ".join(
+            f"--{name} {value if isinstance(value := getattr(args, name), str) else example}"
+            for name, example in examples.items()
+        )
+        script = "train_rqvae.py" if "rqvae" in examples["model"] else "train.py --tokenizer tokenizer.json"
+        name, _, rest = script.partition(" ")
+        command = f"deepspeed megarq/{name} --ds_config {args.ds_config} {options} {rest}".rstrip()
+        raise ConfigError(f"{', '.join(missing)} missing. The complete command:\n    {command} [key=value ...]")

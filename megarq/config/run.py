@@ -124,8 +124,10 @@ class LogConfig:
     """Steps between validations, where validation data are given; 0 turns them off."""
     sample_every: int = 0
     """Steps between sample grids in TensorBoard; 0 turns them off."""
-    sample_count: int = 8
+    sample_count: int = 16
     """Pictures in a grid."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """What to draw for a grid, in turn; the first classes where the condition is a class."""
     peak_tflops: float | None = None
     """Peak of one device in TFLOP/s for the MFU; by default looked up from the device's name."""
 

@@ -8,10 +8,15 @@ from torch import Tensor
 from megarq.parallel.topology import TensorGroup
 
 
-def named_generator(seed: int, *names: object) -> torch.Generator:
-    """A CPU generator for one named purpose; different names give unrelated streams."""
+def derived_seed(seed: int, *names: object) -> int:
+    """A 63-bit seed for one named purpose; different names give unrelated streams."""
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def named_generator(seed: int, *names: object) -> torch.Generator:
+    """A CPU generator of the derived seed."""
+    return torch.Generator().manual_seed(derived_seed(seed, *names))
 
 
 @torch.no_grad()

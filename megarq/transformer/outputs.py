@@ -38,7 +38,9 @@ class CodeClassifier(nn.Module):
         hidden = self.norm(hidden)
         per_depth = isinstance(self.linear, DepthParallelLinear)
         logits = self.linear(hidden, depths) if per_depth else self.linear(hidden)
-        return logits if self.absent is None else logits.masked_fill(self.absent[depths], MASKED_LOGIT)
+        if self.absent is None:
+            return logits
+        return logits.masked_fill(self.absent[depths], max(MASKED_LOGIT, torch.finfo(logits.dtype).min))
 
 
 class CaptionClassifier(nn.Module):

@@ -1,0 +1,89 @@
+"""Data files: lists of shards given as patterns, and writing them whole, with a checksum."""
+
+import glob
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import braceexpand
+
+from megarq.errors import DataError
+from megarq.files import atomic_file
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def data_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears as `path` only when whole.
+
+    Raises: DataError where the folder cannot be written or the disk is full.
+    """
+    try:
+        with atomic_file(path) as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error}). Free space or choose another output folder.") from error
+
+
+class HashingFile:
+    """A write-only file that keeps the sha256 and length of what went through it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._sha256 = hashlib.sha256()
+        self._written = 0
+
+    def write(self, data: bytes) -> int:
+        """Write all of `data`."""
+        self._sha256.update(data)
+        self._written += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self._written
+
+    def hexdigest(self) -> str:
+        """The sha256 of the bytes written so far."""
+        return self._sha256.hexdigest()
+
+
+def expand_shards(patterns: str | Sequence[str]) -> list[str]:
+    """The tar files that brace patterns, globs, folders and plain paths name, in that order; a glob's are sorted.
+
+    `'shards/{00000..00009}.tar'` gives ten names, each of which must exist; a folder gives its `*.tar`.
+    A shard named twice is listed once, with a warning.
+    Raises: DataError naming the pattern that matches nothing or the shard that is missing.
+    """
+    given = [patterns] if isinstance(patterns, str) else list(patterns)
+    shards: list[str] = []
+    for pattern in given:
+        for name in _expand_braces(pattern):
+            if Path(name).is_dir():
+                name = str(Path(name) / "*.tar")
+            if Path(name).is_file():
+                shards.append(name)
+                continue
+            found = sorted(match for match in glob.glob(name) if Path(match).is_file())  # noqa: PTH207
+            if not found:
+                what = "no shard matches" if glob.has_magic(name) else "missing shard"
+                raise DataError(f"{what} {name!r} (from {pattern!r}). Check the path, or the range of the pattern.")
+            shards.extend(found)
+    if not shards:
+        raise DataError("no shards given. Name tar files, for example 'shards/*.tar' or 'shards/{00000..00009}.tar'.")
+    for shard, times in Counter(shards).items():
+        if times > 1:
+            logger.warning("shard %s is named %d times: read once", shard, times)
+    return list(dict.fromkeys(shards))
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise DataError(f"shard pattern {pattern!r} has unbalanced braces. Write {{00000..00009}}.tar.") from error

@@ -1,0 +1,91 @@
+"""Batches of pictures for training an RQ-VAE: endless, the same for any number of ranks, resumable at any sample.
+
+shards/*.tar --scan of headers--> ImageIndex [N] --permutation of (seed, epoch)--> global batches of B samples
+rank r takes places r*B/ranks .. (r+1)*B/ranks - 1 of each: images [B/ranks, 3, R, R] float in [-1, 1]
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megarq.data.batches import batches_in_order, check_share
+from megarq.data.image_shards import BadSamples, ImageIndex
+from megarq.data.order import IntArray, LoaderState, permutation
+from megarq.data.transforms import TRANSFORMS, find_transform, transform_image
+from megarq.errors import DataError
+from megarq.parallel.initialization import derived_seed
+
+__all__ = ["TRANSFORMS", "ImageBatch", "ImageLoader"]
+
+
+@dataclass
+class ImageBatch:
+    """One rank's share of a global batch of pictures."""
+
+    images: Tensor
+    """[B / ranks, 3, R, R] float in [-1, 1]."""
+    state: LoaderState
+    """Where the loader stands after this batch: start there to go on."""
+
+
+class ImageLoader:
+    """Endless batches of transformed pictures. The content depends on (seed, start) alone, not on ranks or workers."""
+
+    def __init__(
+        self,
+        shards: Sequence[str],
+        transform: str,
+        resolution: int,
+        global_batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        workers: int = 0,
+        start: LoaderState | None = None,
+        max_bad_rate: float = 0.01,
+    ) -> None:
+        """shards: tars, as `expand_shards` lists them; transform: a name in TRANSFORMS.
+
+        Raises: DataError for an unknown transform, torn or missing shards, or a batch that the ranks cannot share.
+        """
+        find_transform(transform)
+        self._share = check_share(global_batch_size, world_size)
+        self._index = ImageIndex(shards)
+        self._transform, self._resolution = transform, resolution
+        self._batch, self._rank, self._seed, self._workers = global_batch_size, rank, seed, workers
+        self._start = (start or LoaderState()).position(len(self._index))
+        self._bad = BadSamples(max_bad_rate)
+        self._order: tuple[int, IntArray] | None = None
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Pictures in the shards."""
+        return len(self._index)
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        return batches_in_order(self._load, self._workers)
+
+    def _load(self, number: int) -> ImageBatch:
+        """Batch `number` after the start, for this rank."""
+        first = self._start + number * self._batch
+        mine = range(first + self._rank * self._share, first + (self._rank + 1) * self._share)
+        images = torch.stack([self._load_image(position) for position in mine])
+        return ImageBatch(images, LoaderState.at(first + self._batch, len(self._index)))
+
+    def _load_image(self, position: int) -> Tensor:
+        """The picture at a place of the endless stream; an unreadable one is replaced by the next in its shard."""
+        epoch, place = divmod(position, len(self._index))
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, permutation(len(self._index), self._seed, epoch))
+        index = int(self._order[1][place])
+        while True:
+            self._bad.count_seen()
+            data = self._index.read(index)
+            try:
+                return transform_image(data, self._transform, self._resolution, derived_seed(self._seed, epoch, index))
+            except DataError as error:
+                self._bad.skip(*self._index.name(index), str(error))
+                index = (index + 1) % len(self._index)

@@ -1,0 +1,145 @@
+"""From encoded bytes to a square RGB tensor in [-1, 1]: decoding, and the published crops by name.
+
+R is the resolution asked for. Every transform takes an RGB picture, R and a random source, and gives an R x R picture;
+all decisions come from the source, so one seed gives one result.
+"""
+
+import io
+import random
+import struct
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from megarq.errors import DataError
+
+Transform = Callable[[Image.Image, int, random.Random], Image.Image]
+
+_RESIZE = Image.Resampling.BILINEAR
+_UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, IndexError, struct.error, Image.DecompressionBombError)
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """Decode a picture to 8-bit RGB, turned upright; transparency is laid on white, 16-bit grey scaled to 8.
+
+    Raises: DataError where the bytes are no whole picture.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except _UNREADABLE as error:
+        raise DataError(f"not a readable picture of {len(data)} bytes ({error}). Replace or remove it.") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        levels = np.asarray(image).astype(np.float64) / 257.0
+        return Image.fromarray(np.clip(np.round(levels), 0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB picture as a float tensor [3, height, width] in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+    return pixels.permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1.0)
+
+
+def transform_image(data: bytes, name: str, resolution: int, seed: int = 0) -> Tensor:
+    """Decode a picture and apply the named transform: [3, R, R] in [-1, 1].
+
+    Raises: DataError for an unknown name, an unreadable picture, or one that does not fit the transform.
+    """
+    transform = find_transform(name)
+    return to_tensor(transform(decode_rgb(data), resolution, random.Random(seed)))
+
+
+def find_transform(name: str) -> Transform:
+    """The transform of that name. Raises: DataError listing the names there are."""
+    if name not in TRANSFORMS:
+        raise DataError(f"unknown transform {name!r}. Use one of {', '.join(TRANSFORMS)}.")
+    return TRANSFORMS[name]
+
+
+def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
+    width, height = image.size
+    short = min(width, height)
+    if short == size:
+        return image
+    return image.resize((max(size, round(width * size / short)), max(size, round(height * size / short))), _RESIZE)
+
+
+def _crop(image: Image.Image, left: int, top: int, size: int) -> Image.Image:
+    return image.crop((left, top, left + size, top + size))
+
+
+def _centre_crop(image: Image.Image, size: int) -> Image.Image:
+    return _crop(image, (image.width - size) // 2, (image.height - size) // 2, size)
+
+
+def _random_crop(image: Image.Image, size: int, source: random.Random) -> Image.Image:
+    return _crop(image, source.randint(0, image.width - size), source.randint(0, image.height - size), size)
+
+
+def _random_flip(image: Image.Image, source: random.Random) -> Image.Image:
+    return ImageOps.mirror(image) if source.random() < 0.5 else image
+
+
+def _none(image: Image.Image, size: int, source: random.Random) -> Image.Image:
+    """The picture as it is, which must be R x R."""
+    if image.size != (size, size):
+        raise DataError(
+            f"a picture of {image.width}x{image.height} with transform none at resolution {size}. "
+            f"Use transform center, or pictures of {size}x{size}."
+        )
+    return image
+
+
+def _center(image: Image.Image, size: int, source: random.Random) -> Image.Image:
+    """The short side becomes R, then the centre R x R."""
+    return _centre_crop(_resize_short_side(image, size), size)
+
+
+def _imagenet(image: Image.Image, size: int, source: random.Random) -> Image.Image:
+    """The short side becomes R, then any R x R, mirrored half of the time."""
+    return _random_flip(_random_crop(_resize_short_side(image, size), size, source), source)
+
+
+def _ffhq(image: Image.Image, size: int, source: random.Random) -> Image.Image:
+    """The short side becomes R, a random square of 0.75 to 1 of the area becomes R x R, mirrored half of the time."""
+    image = _resize_short_side(image, size)
+    side = min(size, max(1, round(size * source.uniform(0.75, 1.0) ** 0.5)))
+    cropped = _random_crop(image, side, source)
+    return _random_flip(cropped.resize((size, size), _RESIZE), source)
+
+
+def _lsun(image: Image.Image, size: int, source: random.Random) -> Image.Image:
+    """The short side becomes R, then the centre R x R, mirrored half of the time."""
+    return _random_flip(_center(image, size, source), source)
+
+
+def _t2i(image: Image.Image, size: int, source: random.Random) -> Image.Image:
+    """The text-to-image crop of Ramesh et al. (2021, listing 1), with smaller pictures enlarged instead of dropped.
+
+    A square near the centre (its offset is 3/8 to 5/8 of the slack) becomes R to 9/8 R wide; then any R x R of it.
+    """
+    side = min(image.size)
+    left, top = (source.randint(3 * (length - side) // 8, 5 * (length - side) // 8) for length in image.size)
+    width = source.randint(size, max(size, min(side, round(size * 9 / 8))))
+    return _random_crop(_crop(image, left, top, side).resize((width, width), _RESIZE), size, source)
+
+
+TRANSFORMS: dict[str, Transform] = {
+    "center": _center,
+    "none": _none,
+    "imagenet": _imagenet,
+    "ffhq": _ffhq,
+    "lsun": _lsun,
+    "t2i": _t2i,
+}

@@ -1,0 +1,134 @@
+"""What a run tells: a console line, a line of metrics.jsonl, and TensorBoard events."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarq.files import write_atomically
+
+METRICS_FILE = "metrics.jsonl"
+_GIB = 2**30
+_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "V100": 125.0}
+_SHORT_NAMES = {"image_loss": "img", "caption_loss": "txt", "reconstruction_loss": "rec", "commitment_loss": "commit"}
+
+
+def peak_tflops(device: torch.device, configured: float | None) -> float | None:
+    """Dense bf16 peak of one device in TFLOP/s: as configured, else by the GPU's name; None where unknown."""
+    if configured is not None:
+        return configured
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in _PEAK_TFLOPS.items() if key in name), None)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory allocated on the GPU so far; resident memory of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _GIB
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / _GIB
+
+
+class MetricsLog:
+    """Rank 0's log of a run; on other ranks every call does nothing."""
+
+    def __init__(self, run: Path, rank: int, start_step: int) -> None:
+        """Lines after `start_step`, of steps that a killed run did after its last checkpoint, are dropped."""
+        self._active = rank == 0
+        if not self._active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = run / METRICS_FILE
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step]
+        write_atomically(path, "".join(kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(run / "tensorboard", purge_step=start_step + 1 if start_step else None)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line and the same scalars to TensorBoard."""
+        if not self._active:
+            return
+        line = {"step": step, **values}
+        self._file.write(json.dumps({k: None if _undefined(v) else v for k, v in line.items()}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._events.add_scalar(name, value, step)
+
+    def pictures(self, step: int, name: str, grid: Tensor, text: str | None = None) -> None:
+        """Add a picture [3, H, W] in [0, 1], with what it shows."""
+        if self._active:
+            self._events.add_image(name, grid, step)
+            if text is not None:
+                self._events.add_text(f"{name}/prompts", text, step)
+
+    def say(self, message: str) -> None:
+        """Print a line."""
+        if self._active:
+            print(message, flush=True)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._active:
+            self._file.close()
+            self._events.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines of a file; a last line that a killed run left unfinished is dropped."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+
+
+def _undefined(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+class Speed:
+    """Images per second of the last step, and the time that is left at the recent pace."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._recent: float | None = None
+
+    def step(self) -> float:
+        """Seconds since the last call."""
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        self._recent = seconds if self._recent is None else 0.95 * self._recent + 0.05 * seconds
+        return seconds
+
+    def skip(self) -> None:
+        """Leave out what was done since the last step: validation, pictures, checkpoints."""
+        self._last = time.monotonic()
+
+    def eta(self, steps_left: int) -> str:
+        """Time left, as 9h12m, 4m05s or 12s."""
+        seconds = int((self._recent or 0) * steps_left)
+        if seconds >= 3600:
+            return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+        return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+def console_line(step: int, total: int, values: Mapping[str, Any], eta: str) -> str:
+    """`step 120/50000 | loss 5.871 | img 6.31 txt 1.9 | grad 0.83 | lr 3.1e-4 | 412 img/s | ...`."""
+    parts = [f"step {step}/{total}", f"loss {values['loss']:.4g}"]
+    terms = [f"{short} {values[name]:.3g}" for name, short in _SHORT_NAMES.items() if values.get(name) is not None]
+    if terms:
+        parts.append(" ".join(terms))
+    parts.append(f"grad {values['grad_norm']:.2g}")
+    mantissa, exponent = f"{values['lr']:.1e}".split("e")
+    parts += [f"lr {mantissa}e{int(exponent)}", f"{values['images_per_second']:.0f} img/s"]
+    if values.get("mfu") is not None:
+        parts.append(f"mfu {values['mfu']:.0%}")
+    parts += [f"mem {values['memory_gib']:.1f} GiB", f"eta {eta}"]
+    return " | ".join(parts)

@@ -1,0 +1,175 @@
+"""What both kinds of run share: joining the job, the run's folder, and handing everything to the Trainer."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megarq.checkpoint.format import Checkpoint
+from megarq.checkpoint.run_folder import latest_checkpoint
+from megarq.config.deepspeed import batch_sizes, resolve_ds_config
+from megarq.config.load import save_config
+from megarq.config.run import RQTransformerRunConfig, RQVAERunConfig
+from megarq.data.order import LoaderState
+from megarq.engine.build import build_engine
+from megarq.engine.loop import Batch, RunPlan, Task, Trainer, gather_objects
+from megarq.engine.metrics import MetricsLog, peak_tflops
+from megarq.engine.schedule import run_length
+from megarq.engine.state import EngineState
+from megarq.errors import ConfigError
+from megarq.files import write_atomically
+from megarq.parallel.topology import ProcessGroups, Topology
+
+RESOLVED = "config.resolved.yaml"
+
+
+@dataclass
+class Session:
+    """One rank of one run, joined to the job."""
+
+    config: RQTransformerRunConfig | RQVAERunConfig
+    ds: Mapping[str, Any]
+    """DeepSpeed's configuration, complete."""
+    run: Path
+    groups: ProcessGroups
+    device: torch.device
+    checkpoint: Checkpoint | None
+    """Where the run goes on; None for a new one."""
+
+    @classmethod
+    def open(
+        cls,
+        config: RQTransformerRunConfig | RQVAERunConfig,
+        ds: Mapping[str, Any],
+        topology: Topology,
+        run: Path,
+        device: torch.device,
+    ) -> "Session":
+        """Create the groups and the run's folder, or find the checkpoint to go on from; every rank calls this.
+
+        Raises ConfigError where the folder holds a run of another model, CheckpointError for a damaged checkpoint.
+        """
+        groups = ProcessGroups.build(topology)
+        checkpoint = latest_checkpoint(run)
+        if checkpoint is not None:
+            _check_same_model(checkpoint, config, run)
+        gather_objects(None)
+        if topology.rank == 0:
+            run.mkdir(parents=True, exist_ok=True)
+            save_config(config, run / RESOLVED)
+        return cls(config, ds, run, groups, device, checkpoint)
+
+    @property
+    def start(self) -> LoaderState:
+        """Where the data go on."""
+        return LoaderState(**self.checkpoint.metadata["loader"]) if self.checkpoint else LoaderState()
+
+    def keep_beside(self, copy: Callable[[Path], object]) -> None:
+        """Let rank 0 copy into the run's folder what an export will need, once."""
+        if self.groups.topology.rank == 0:
+            copy(self.run)
+        gather_objects(None)
+
+    def train(
+        self,
+        module: nn.Module,
+        decayed: Callable[[str], bool],
+        make_task: Callable[[Any], Task],
+        batches: Iterable[Batch],
+        samples_per_epoch: int,
+        flops_per_image: float,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Build the engine, take over the checkpoint, and fit.
+
+        Args:
+            module: what is trained, with its first weights.
+            decayed: whether a parameter of this name has weight decay.
+            make_task: from the engine to the task.
+            batches: this rank's shares of the global batches, from `start` on.
+            samples_per_epoch: for lengths given in epochs.
+            flops_per_image: of a training step, for the MFU.
+            metadata: what else every checkpoint should say.
+        """
+        config, topology = self.config, self.groups.topology
+        engine = build_engine(module, config.train, self.ds, self.groups, decayed, self.device)
+        state = EngineState(engine, self.groups.tensor, config.train.ema_decay, topology.rank)
+        step = 0
+        if self.checkpoint is not None:
+            state.load(self.checkpoint)
+            step = self.checkpoint.metadata["step"]
+        steps, warmup = run_length(config.train, samples_per_epoch)
+        plan = RunPlan(
+            run=self.run,
+            train=config.train,
+            checkpoint=config.checkpoint,
+            log=config.log,
+            steps=steps,
+            warmup=warmup,
+            accumulation=batch_sizes(config.train, topology.dp)[1],
+            metadata={"architecture": config.architecture, "config": asdict(config), **(metadata or {})},
+            flops_per_image=flops_per_image,
+            peak_tflops=peak_tflops(self.device, config.log.peak_tflops),
+        )
+        log = MetricsLog(self.run, topology.rank, step)
+        log.say(self._opening(plan, step))
+        try:
+            Trainer(plan, engine, state, make_task(engine), self.groups, self.device, log, step).fit(batches)
+        finally:
+            log.close()
+            engine.destroy()
+
+    def _opening(self, plan: RunPlan, step: int) -> str:
+        topology, train = self.groups.topology, self.config.train
+        stage = self.ds["zero_optimization"]["stage"]
+        ranks = f"{topology.world_size} x {self.device.type}: dp {topology.dp}, tp {topology.tp}, pp {topology.pp}"
+        start = f"going on from step {step}" if step else "starting"
+        if step >= plan.steps:
+            start = f"already at step {step}, nothing to do"
+        return (
+            f"{start} | {plan.steps} steps of {train.global_batch_size} samples | {ranks}, ZeRO-{stage}, "
+            f"{train.precision} | {self.run}"
+        )
+
+
+def resolve_and_place(
+    config: RQTransformerRunConfig | RQVAERunConfig, ds: Mapping[str, Any], world_size: int, rank: int
+) -> tuple[dict[str, Any], Topology]:
+    """Check everything that needs no process group: layout, batch sizes, ds_config. Raises ConfigError."""
+    topology = Topology(world_size, rank, config.parallel.tp, config.parallel.pp)
+    resolved = resolve_ds_config(ds, config.train, config.parallel, topology.dp)
+    if topology.pp > 1:
+        raise ConfigError(f"parallel.pp={topology.pp}: this release trains without pipelines. Use parallel.pp=1.")
+    return resolved, topology
+
+
+def copy_once(source: Path, run: Path, name: str) -> None:
+    """Copy a file into the run under `name`, whole or not at all. Raises ConfigError where another is there."""
+    target = run / name
+    if target.exists():
+        if _digest(source) != _digest(target):
+            raise ConfigError(f"{target} differs from {source}: go on with the file that the run was started with.")
+        return
+    write_atomically(target, source.read_bytes())
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_same_model(checkpoint: Checkpoint, config: RQTransformerRunConfig | RQVAERunConfig, run: Path) -> None:
+    saved, ours = checkpoint.metadata["config"]["model"], json.loads(json.dumps(asdict(config.model)))
+    differing = sorted(key for key in saved.keys() | ours.keys() if saved.get(key) != ours.get(key))
+    differing = [key for key in differing if key != "dropout"]
+    if checkpoint.metadata["architecture"] != config.architecture or differing:
+        key = differing[0] if differing else "architecture"
+        raise ConfigError(
+            f"--output {run} holds a run with model.{key}={saved.get(key)}, this one has {ours.get(key)}. "
+            "Give another --output, or the configuration of the run."
+        )

@@ -1,0 +1,126 @@
+"""Stage 2: training the RQ-Transformer on code shards."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megarq.config.run import RQTransformerRunConfig
+from megarq.data.code_shards import CodeShards
+from megarq.data.loader import CodeLoader, validation_batches
+from megarq.engine.session import Session, copy_once
+from megarq.engine.transformer_task import TransformerTask
+from megarq.errors import ConfigError, DataError
+from megarq.inference.pretrained import load_rqvae, save_rqvae
+from megarq.rqvae.model import RQVAE, fingerprint
+from megarq.text.tokenizer import TextTokenizer
+from megarq.transformer.rq_transformer import RQTransformer
+
+
+def train_transformer(
+    session: Session, codes: Path, tokenizer_file: Path | None, validation: Path | None, flops_per_image: float
+) -> None:
+    """Train or go on training. Raises ConfigError, DataError or CheckpointError where the parts do not fit.
+
+    Args:
+        session: this rank of the run; its config is an RQTransformerRunConfig.
+        codes: folder of code shards, which holds its RQ-VAE too.
+        tokenizer_file: tokenizer.json or .model; needed by a model with captions.
+        validation: another folder of code shards, in place of `data.validation_shards`.
+        flops_per_image: of a training step.
+    """
+    config = session.config
+    assert isinstance(config, RQTransformerRunConfig)
+    rqvae = load_rqvae(codes, session.device).requires_grad_(False)
+    train_data, held_out = open_data(config, codes, validation, rqvae)
+    tokenizer = open_tokenizer(config, tokenizer_file)
+    session.keep_beside(lambda run: save_rqvae(rqvae, run / "rqvae"))
+    if tokenizer_file is not None and tokenizer is not None:
+        session.keep_beside(lambda run: copy_once(tokenizer_file, run, f"tokenizer{tokenizer_file.suffix}"))
+    module = RQTransformer(
+        config.model,
+        session.groups.tensor,
+        shared_codebook=rqvae.config.shared_codebook,
+        activation_checkpointing=config.train.activation_checkpointing,
+    )
+    module.initialize(config.train.seed)
+    module.load_codebook(rqvae.codebook_weights())
+    topology = session.groups.topology
+    options: dict[str, Any] = {
+        "cond_length": config.model.cond_length,
+        "condition": config.model.condition,
+        "global_batch_size": config.train.global_batch_size,
+        "rank": topology.data_rank,
+        "world_size": topology.dp,
+        "seed": config.train.seed,
+        "targets": config.objective.targets,
+    }
+    encode = partial(encode_caption, tokenizer, config.model.cond_length) if tokenizer else None
+    loader = CodeLoader(
+        train_data,
+        caption_encoder=partial(encode, config.data.bpe_dropout) if encode else None,
+        workers=config.data.workers,
+        start=session.start,
+        **options,
+    )
+    held_out_batches = None
+    if held_out is not None:
+        held_out_batches = partial(
+            validation_batches, held_out, caption_encoder=partial(encode, 0.0) if encode else None, **options
+        )
+    task = partial(
+        TransformerTask,
+        config=config,
+        rqvae=rqvae,
+        tokenizer=tokenizer,
+        validation=held_out_batches,
+        groups=session.groups,
+        device=session.device,
+    )
+    trained_on = {"rqvae_fingerprint": fingerprint(rqvae)}
+    session.train(module, module.decayed, task, loader, loader.samples_per_epoch, flops_per_image, trained_on)
+
+
+def encode_caption(tokenizer: TextTokenizer, length: int, dropout: float, caption: str, seed: int | None) -> list[int]:
+    """Token ids of a caption; dropout only where a seed is given."""
+    return tokenizer.encode(caption, length, 0.0 if seed is None else dropout, seed)
+
+
+def open_data(
+    config: RQTransformerRunConfig, codes: Path, validation: Path | None, rqvae: RQVAE
+) -> tuple[CodeShards, CodeShards | None]:
+    """Training and held-out samples. Raises DataError where they are damaged or of another model or RQ-VAE."""
+    shards = CodeShards.open(codes)
+    train, held_out = shards.split(config.data.validation_shards)
+    if validation is not None:
+        held_out = CodeShards.open(validation)
+    for data in (train, held_out):
+        if data is None:
+            continue
+        data.check_model(config.model.code_shape, config.model.sizes, fingerprint(rqvae))
+        if config.model.condition == "class" and data.classes > config.model.cond_vocab_size:
+            raise DataError(
+                f"{data.folder} holds class {data.classes - 1}, the model has {config.model.cond_vocab_size} classes. "
+                "Set model.cond_vocab_size."
+            )
+        if config.objective.targets == "draws" and data.settings.temperature != config.objective.temperature:
+            raise DataError(
+                f"{data.folder} was drawn at temperature {data.settings.temperature}, objective.temperature is "
+                f"{config.objective.temperature}. Set objective.temperature={data.settings.temperature}, or "
+                "pretokenize again."
+            )
+    return train, held_out
+
+
+def open_tokenizer(config: RQTransformerRunConfig, file: Path | None) -> TextTokenizer | None:
+    """The tokenizer of a model with captions. Raises ConfigError where it is missing or too large."""
+    if config.model.condition != "text":
+        return None
+    if file is None:
+        raise ConfigError("the model is conditioned on captions: give --tokenizer tokenizer.json or tokenizer.model.")
+    tokenizer = TextTokenizer.load(file)
+    if tokenizer.vocab_size > config.model.cond_vocab_size:
+        raise ConfigError(
+            f"{file} has {tokenizer.vocab_size} tokens, model.cond_vocab_size is {config.model.cond_vocab_size}. "
+            f"Set model.cond_vocab_size={tokenizer.vocab_size} or train a smaller tokenizer."
+        )
+    return tokenizer

@@ -1,0 +1,222 @@
+"""Pictures from an exported model.
+
+    generator = ImageGenerator.from_pretrained(FOLDER)
+    generator.generate(prompts=["a seven", "a two"], count=2)      -> [seven 0, seven 1, two 0, two 1], PIL images
+    generator.generate(classes=[3], count=4)                       a model of classes
+    generator.generate(count=4)                                    a model without condition
+
+Shapes: B batch, L condition length, H x W positions, D depth, K codebook size, V caption vocabulary, R resolution.
+"""
+
+import logging
+import operator
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megarq.config.run import SamplingConfig
+from megarq.errors import ConfigError
+from megarq.inference.pretrained import Pretrained, load_pretrained
+from megarq.inference.sampling import (
+    Counts,
+    Progress,
+    Shares,
+    check_condition,
+    check_seed,
+    depth_settings,
+    sample_codes,
+)
+
+logger = logging.getLogger(__name__)
+
+BATCH = 64
+"""Pictures whose codes are drawn together."""
+DECODED = 16
+"""Pictures that the RQ-VAE decodes together; its feature maps are far larger than the transformer's."""
+
+
+class ImageGenerator:
+    """An RQ-Transformer with its RQ-VAE and tokenizer, ready to be asked for pictures."""
+
+    def __init__(self, model: Pretrained, batch_size: int = BATCH) -> None:
+        """`batch_size` bounds the pictures drawn at once, and so the memory; it does not change them."""
+        self.transformer = model.transformer
+        """Called with codes [B, H, W, D] and cond [B, L]: logits [B, H, W, D, K], and [B, L-1, V] or None."""
+        self.rqvae = model.rqvae.requires_grad_(False)
+        """encode, quantize, soft_codes, decode; frozen, and always fp32."""
+        self.tokenizer = model.tokenizer
+        """None for a model without captions, or imported without tokenizer."""
+        self.info = model.info
+        """What the folder's config.json says."""
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = BATCH,
+    ) -> "ImageGenerator":
+        """Load an exported model.
+
+        Args:
+            folder: the --output of tools/export.py or tools/import_pretrained.py.
+            device: where it runs.
+            dtype: of the RQ-Transformer.
+            batch_size: pictures drawn at once, at most.
+
+        Raises:
+            CheckpointError: the folder is missing, incomplete, damaged or of another format version.
+            ConfigError: a device or dtype that cannot be used.
+        """
+        return cls(load_pretrained(folder, device, dtype), batch_size)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """The settings used where none are given."""
+        return self.info.sampling
+
+    def generate(
+        self,
+        prompts: Sequence[str] | str | None = None,
+        classes: Sequence[int] | int | None = None,
+        count: int = 1,
+        temperature: Shares | None = None,
+        top_k: Counts = None,
+        top_p: Shares | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> list[Image.Image]:
+        """Draw pictures.
+
+        Args:
+            prompts: captions, for a model of captions.
+            classes: class numbers, for a model of classes.
+            count: pictures of each prompt or class.
+            temperature: divides the logits; this and the next two: one value, one for each depth, or None for the
+                folder's own setting.
+            top_k: draw among the k likeliest codes.
+            top_p: draw among the likeliest codes that hold this share of the probability.
+            seed: the same seed gives the same pictures.
+            progress: called with the number of stacks drawn, as they are drawn; `positions` of them make a picture.
+
+        Returns:
+            `count` pictures of the first prompt or class, then of the second, and so on.
+
+        Raises:
+            ConfigError: what the model cannot be asked for, or a setting out of range.
+        """
+        number = _whole("count", count, least=1)
+        cond = self.conditions(prompts, classes).repeat_interleave(number, dim=0)
+        codes = self.sample_codes(cond, top_k, top_p, temperature, seed, progress=progress)
+        return [picture for part in codes.split(DECODED) for picture in to_pictures(self.rqvae.decode(part))]
+
+    def sample_codes(
+        self,
+        cond: Tensor,
+        top_k: Counts = None,
+        top_p: Shares | None = None,
+        temperature: Shares | None = None,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Codes [B, H, W, D] for conditions [B, L]; settings left out are the folder's.
+
+        The randomness of a picture is a function of the seed and of its index (0, 1, .. unless `indices` are given).
+        Raises ConfigError for a condition or setting that the model cannot take.
+        """
+        settings: dict[str, Any] = {
+            "top_k": self.sampling.top_k if top_k is None else top_k,
+            "top_p": self.sampling.top_p if top_p is None else top_p,
+            "temperature": self.sampling.temperature if temperature is None else temperature,
+        }
+        depth_settings(self.transformer.config.sizes, **settings)
+        check_seed(seed)
+        cond = check_condition(self.transformer, cond)
+        indices = range(len(cond)) if indices is None else indices
+        parts = [
+            sample_codes(
+                self.transformer,
+                cond[first : first + self.batch_size],
+                **settings,
+                seed=seed,
+                indices=indices[first : first + self.batch_size],
+                progress=progress,
+            )
+            for first in range(0, len(cond), self.batch_size)
+        ]
+        return torch.cat(parts)
+
+    @property
+    def positions(self) -> int:
+        """Stacks of codes in one picture."""
+        return self.transformer.config.positions
+
+    def conditions(
+        self, prompts: Sequence[str] | str | None = None, classes: Sequence[int] | int | None = None
+    ) -> Tensor:
+        """Conditions [N, L] for N prompts or classes; [1, 1] for a model without condition.
+
+        Raises ConfigError for what the model cannot be asked for. A caption that is too long is cut, with a warning.
+        """
+        if prompts is not None and classes is not None:
+            raise ConfigError("prompts and classes are both given: a model is asked with one or the other.")
+        condition = self.transformer.config.condition
+        given = "text" if prompts is not None else "class" if classes is not None else "none"
+        if given != condition:
+            wants = {"text": "prompts (--prompt)", "class": "classes (--class)", "none": "neither prompts nor classes"}
+            gave = {"text": "prompts", "class": "classes", "none": "neither prompts nor classes"}
+            raise ConfigError(f"{gave[given]} given, but this model is asked with {wants[condition]}.")
+        if prompts is not None:
+            rows = self._tokens([prompts] if isinstance(prompts, str) else list(prompts))
+        elif classes is not None:
+            rows = [[self._class(value)] for value in (classes if isinstance(classes, Iterable) else [classes])]
+        else:
+            rows = [[0]]
+        if not rows:
+            raise ConfigError("prompts or classes are an empty list: give at least one.")
+        return torch.tensor(rows, dtype=torch.int64)
+
+    def _tokens(self, prompts: list[Any]) -> list[list[int]]:
+        if self.tokenizer is None:
+            raise ConfigError(
+                "this model was imported without a tokenizer, so it reads no prompts: import it again with "
+                "--tokenizer, or give token ids to sample_codes."
+            )
+        length = self.transformer.config.cond_length
+        for prompt in prompts:
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise ConfigError(f"prompt {prompt!r}: give a caption of at least one word.")
+            tokens = self.tokenizer.count(prompt)
+            if tokens > length:
+                logger.warning("prompt %r has %d tokens; the model reads the first %d.", prompt, tokens, length)
+        return [self.tokenizer.encode(prompt, length) for prompt in prompts]
+
+    def _class(self, value: Any) -> int:
+        number = _whole("class", value, least=0)
+        classes = self.transformer.config.cond_vocab_size
+        if number >= classes:
+            raise ConfigError(f"class={number}: this model knows classes 0 to {classes - 1}.")
+        return number
+
+
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """Images [B, 3, R, R] (or [B, 1, R, R]) in [-1, 1], clamped, as 8-bit pictures."""
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8).permute(0, 2, 3, 1)
+    return [Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array) for array in pixels.numpy()]
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise ConfigError(f"{name}={value!r}: give a whole number of {least} or more.")
+    return number

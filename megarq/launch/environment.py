@@ -1,0 +1,63 @@
+"""Who am I: rank and world from whichever launcher started this process.
+
+| launcher                  | rank                  | world                 | local rank                  |
+|---------------------------|-----------------------|-----------------------|-----------------------------|
+| torchrun, deepspeed       | RANK                  | WORLD_SIZE            | LOCAL_RANK                  |
+| srun, one task per rank   | SLURM_PROCID          | SLURM_NTASKS          | SLURM_LOCALID               |
+| Open MPI                  | OMPI_COMM_WORLD_RANK  | OMPI_COMM_WORLD_SIZE  | OMPI_COMM_WORLD_LOCAL_RANK  |
+| MPICH and its children    | PMI_RANK              | PMI_SIZE              | MPI_LOCALRANKID             |
+| none                      | 0                     | 1                     | 0                           |
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megarq.errors import ConfigError
+
+_LAUNCHERS = {
+    "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+}
+
+
+@dataclass(frozen=True)
+class LaunchEnvironment:
+    """A process's place in its job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str
+    """Host of rank 0."""
+    port: int
+    """Port of rank 0 where processes meet."""
+    launcher: str
+
+
+def read_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
+    """This process's place, from its environment variables. Raises ConfigError where they are incomplete."""
+    for launcher, names in _LAUNCHERS.items():
+        # An allocation's batch shell has SLURM_NTASKS too; only a task that srun started has a step.
+        if names[0] not in environ or (launcher == "srun" and "SLURM_STEP_ID" not in environ):
+            continue
+        places = zip(names, (0, 1, 0), strict=True)
+        rank, world_size, local_rank = (_integer(environ, name, default) for name, default in places)
+        if world_size > 1 and "MASTER_ADDR" not in environ and launcher.startswith(("srun", "torchrun")):
+            raise ConfigError(
+                f"{launcher} started {world_size} ranks, but MASTER_ADDR is not set: "
+                "export MASTER_ADDR=<host of rank 0> and MASTER_PORT=<free port> before starting."
+            )
+        address = environ.get("MASTER_ADDR", "127.0.0.1")
+        return LaunchEnvironment(
+            rank, world_size, local_rank, address, _integer(environ, "MASTER_PORT", 29500), launcher
+        )
+    return LaunchEnvironment(0, 1, 0, "127.0.0.1", 0, "none")
+
+
+def _integer(environ: Mapping[str, str], name: str, default: int) -> int:
+    value = environ.get(name, str(default))
+    if not value.isdigit():
+        raise ConfigError(f"environment variable {name}={value!r}: expected a number from the launcher.")
+    return int(value)

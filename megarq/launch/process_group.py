@@ -1,0 +1,55 @@
+"""Joining the job: the device of this rank and torch.distributed's default process group."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megarq.launch.environment import LaunchEnvironment
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a collective may wait for its slowest rank before the job fails."""
+
+
+def rank_device(environment: LaunchEnvironment) -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", environment.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def joined(environment: LaunchEnvironment, device: torch.device) -> Iterator[None]:
+    """The default process group while the body runs: NCCL on GPUs, gloo otherwise; a group of one when started alone.
+
+    The launcher's variables are completed for libraries that read them, and the group is destroyed at the end:
+    processes that exit with a live group now and then abort after success.
+    """
+    place = {"RANK": environment.rank, "WORLD_SIZE": environment.world_size, "LOCAL_RANK": environment.local_rank}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.setdefault("MASTER_ADDR", environment.address)
+    os.environ.setdefault("MASTER_PORT", str(environment.port))
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        store=_store(environment),
+        rank=environment.rank,
+        world_size=environment.world_size,
+        timeout=TIMEOUT,
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _store(environment: LaunchEnvironment) -> dist.Store:
+    if environment.world_size == 1:
+        return dist.HashStore()
+    torchelastic = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    master = environment.rank == 0 and not torchelastic
+    return dist.TCPStore(environment.address, environment.port, environment.world_size, master, timeout=TIMEOUT)

@@ -1,0 +1,74 @@
+"""Floating-point operations per image: 2 for each multiply-add of a linear layer, convolution or attention product.
+
+Norms, activations, embeddings and softmax are left out, as torch's FlopCounterMode does. Causal attention is counted in
+full, not half: what the products cost before any kernel skips the masked part. Training is 3 x forward (backward: one
+product for the inputs' gradients and one for the weights'); recomputation under activation checkpointing does not
+count, so that an MFU stays comparable.
+
+Legend: T positions, D depth, L condition length, E width, K codebook size, C codebook dim, V condition vocabulary.
+"""
+
+from collections.abc import Iterable
+
+from megarq.config.models import RQTransformerConfig, RQVAEConfig
+from megarq.planning.counts import Attention, Convolution, Layer, decoder_layers, encoder_layers
+
+TRAINING_FACTOR = 3
+
+
+def block_flops(embed_dim: int, tokens: int) -> int:
+    """One block on one sequence: 24 E^2 for each token in its matrices, 4 E for each pair of tokens in attention."""
+    return tokens * 24 * embed_dim**2 + 4 * embed_dim * tokens**2
+
+
+def transformer_tokens(config: RQTransformerConfig) -> dict[str, int]:
+    """Tokens of one image: L + T - 1 in the body, T sequences of D in the head."""
+    return {"body": config.cond_length + config.positions - 1, "head": config.positions * config.depth}
+
+
+def transformer_flops(config: RQTransformerConfig) -> dict[str, int]:
+    """Forward pass of one image through the RQ-Transformer, by part."""
+    width, positions, depth = config.embed_dim, config.positions, config.depth
+    projected = {"codebook": 2 * config.codebook_dim * width, "learned": 0}
+    parts = {
+        "input_mlp": (positions - 1) * depth * projected[config.body_input],
+        "head_mlp": positions * (depth - 1) * projected[config.head_input],
+        "body": config.body.layers * block_flops(width, transformer_tokens(config)["body"]),
+        "head": config.head.layers * positions * block_flops(width, depth),
+        "code classifier": positions * depth * 2 * width * max(config.sizes),
+        "caption classifier": 0,
+    }
+    if config.condition == "text":
+        parts["caption classifier"] = (config.cond_length - 1) * 2 * width * config.cond_vocab_size
+    return {part: flops for part, flops in parts.items() if flops}
+
+
+def training_flops(config: RQTransformerConfig) -> int:
+    """Forward and backward of one image: what an MFU is measured against."""
+    return TRAINING_FACTOR * sum(transformer_flops(config).values())
+
+
+def rqvae_flops(config: RQVAEConfig) -> dict[str, int]:
+    """One image through the RQ-VAE, by part: encoder, search of the nearest codes, decoder."""
+    side = config.code_shape[0]
+    return {
+        "encoder": _layer_flops(encoder_layers(config)),
+        "quantizer": 2 * side**2 * config.codebook_dim * sum(config.sizes),
+        "decoder": _layer_flops(decoder_layers(config)),
+    }
+
+
+def rqvae_training_flops(config: RQVAEConfig) -> int:
+    """Forward and backward of one image, without LPIPS and discriminator; the search has no backward."""
+    parts = rqvae_flops(config)
+    return TRAINING_FACTOR * (parts["encoder"] + parts["decoder"]) + parts["quantizer"]
+
+
+def _layer_flops(layers: Iterable[Layer]) -> int:
+    total = 0
+    for layer in layers:
+        if isinstance(layer, Convolution):
+            total += 2 * layer.kernel**2 * layer.inputs * layer.outputs * layer.side**2
+        elif isinstance(layer, Attention):
+            total += 4 * layer.channels * layer.side**4
+    return total

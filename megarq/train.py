@@ -1,0 +1,64 @@
+"""Train an RQ-Transformer on code shards.
+
+    deepspeed megarq/train.py --ds_config zero3.json --model t2i-3.9b --data CODES --tokenizer tokenizer.json \\
+        --output RUN train.steps=200000 train.micro_batch_size=16
+
+Also under torchrun, srun (one task per rank) and mpirun, or as plain `python megarq/train.py ...` on one device.
+A run goes on from its newest checkpoint when --output holds one.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megarq import cli
+from megarq.config.deepspeed import read_ds_config
+from megarq.config.load import load_config
+from megarq.config.names import CONFIGS, resolve_name
+from megarq.config.run import RQTransformerRunConfig
+from megarq.engine.session import Session, resolve_and_place
+from megarq.engine.transformer_run import train_transformer
+from megarq.launch.environment import read_environment
+from megarq.launch.process_group import joined, rank_device
+from megarq.planning.flops import training_flops
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, build, run."""
+    args = parser().parse_args(argv)
+    cli.require(args, parser(), model="t2i-3.9b", data="CODES", output="RUN")
+    config = load_config(args.model, args.overrides, "rq-transformer")
+    assert isinstance(config, RQTransformerRunConfig)
+    environment = read_environment(os.environ)
+    ds, topology = resolve_and_place(
+        config,
+        read_ds_config(resolve_name(args.ds_config, CONFIGS / "deepspeed", ".json")),
+        environment.world_size,
+        environment.rank,
+    )
+    device = rank_device(environment)
+    with joined(environment, device):
+        session = Session.open(config, ds, topology, Path(args.output), device)
+        train_transformer(
+            session,
+            Path(args.data),
+            Path(args.tokenizer) if args.tokenizer else None,
+            Path(args.validation_data) if args.validation_data else None,
+            training_flops(config.model),
+        )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.training_parser(__doc__, "zero3.json")
+    parser.add_argument("--model", help="name in configs/model (t2i-3.9b, cc3m-654m, demo, ...) or a YAML file")
+    parser.add_argument("--data", help="folder of code shards (the --output of tools/pretokenize.py)")
+    parser.add_argument("--tokenizer", help="tokenizer.json or .model; needed by models with captions")
+    parser.add_argument("--validation-data", help="held-out folder of code shards, or set data.validation_shards=N")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,58 @@
+"""Train an RQ-VAE on image shards.
+
+    deepspeed megarq/train_rqvae.py --ds_config zero1.json --model rqvae-8x8x4 --data 'shards/{00000..03999}.tar' \\
+        --output RUN train.micro_batch_size=32
+
+Also under torchrun, srun (one task per rank) and mpirun, or as plain `python megarq/train_rqvae.py ...` on one device.
+A run goes on from its newest checkpoint when --output holds one.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megarq import cli
+from megarq.config.deepspeed import read_ds_config, zero_stage
+from megarq.config.load import load_config
+from megarq.config.names import CONFIGS, resolve_name
+from megarq.config.run import RQVAERunConfig
+from megarq.engine.rqvae_run import check_rqvae_run, train_rqvae
+from megarq.engine.session import Session, resolve_and_place
+from megarq.launch.environment import read_environment
+from megarq.launch.process_group import joined, rank_device
+from megarq.planning.flops import rqvae_training_flops
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, build, run."""
+    args = parser().parse_args(argv)
+    cli.require(args, parser(), model="rqvae-8x8x4", data="'shards/*.tar'", output="RUN")
+    config = load_config(args.model, args.overrides, "rq-vae")
+    assert isinstance(config, RQVAERunConfig)
+    environment = read_environment(os.environ)
+    ds, topology = resolve_and_place(
+        config,
+        read_ds_config(resolve_name(args.ds_config, CONFIGS / "deepspeed", ".json")),
+        environment.world_size,
+        environment.rank,
+    )
+    check_rqvae_run(config, zero_stage(ds))
+    device = rank_device(environment)
+    with joined(environment, device):
+        session = Session.open(config, ds, topology, Path(args.output), device)
+        train_rqvae(session, args.data, args.validation_data, rqvae_training_flops(config.model))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.training_parser(__doc__, "zero1.json")
+    parser.add_argument("--model", help="name in configs/model (rqvae-8x8x4, rqvae-demo, ...) or a YAML file")
+    parser.add_argument("--data", nargs="+", help="image shards: webdataset tars, globs or brace patterns")
+    parser.add_argument("--validation-data", nargs="+", default=[], help="held-out image shards")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,68 @@
+"""Shard patterns and whole-or-nothing writing."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from megarq.data.files import data_file, expand_shards
+from megarq.errors import DataError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in (2, 0, 1):
+        (tmp_path / f"{number:05d}.tar").touch()
+    return tmp_path
+
+
+def test_globs_are_sorted(folder: Path) -> None:
+    assert [Path(shard).name for shard in expand_shards(f"{folder}/*.tar")] == ["00000.tar", "00001.tar", "00002.tar"]
+
+
+def test_braces_keep_their_order_and_width(folder: Path) -> None:
+    assert [Path(shard).name for shard in expand_shards(f"{folder}/{{00001..00000}}.tar")] == ["00001.tar", "00000.tar"]
+
+
+def test_a_folder_means_its_tars(folder: Path) -> None:
+    assert len(expand_shards(str(folder))) == 3
+
+
+def test_patterns_add_up(folder: Path) -> None:
+    assert len(expand_shards([f"{folder}/00002.tar", f"{folder}/{{00000..00001}}.tar"])) == 3
+
+
+def test_a_shard_named_twice_is_read_once_with_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        shards = expand_shards([f"{folder}/*.tar", f"{folder}/00001.tar"])
+    assert len(shards) == 3 and "00001.tar is named 2 times" in caplog.text
+
+
+def test_a_missing_shard_of_a_range_is_named(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"missing shard .*00003\.tar"):
+        expand_shards(f"{folder}/{{00000..00003}}.tar")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ("nowhere/*.tar", "no shard matches 'nowhere/\\*.tar'"),
+        ([], "no shards given"),
+        ("a{0..3.tar", "unbalanced braces"),
+    ],
+)
+def test_patterns_without_shards_are_refused(patterns: str | list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        expand_shards(patterns)
+
+
+def test_an_unwritable_folder_is_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be written"), data_file(tmp_path / "no" / "a.tar"):
+        pass
+
+
+def test_an_interrupted_file_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), data_file(tmp_path / "a.tar") as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []

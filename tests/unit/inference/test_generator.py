@@ -1,0 +1,156 @@
+"""ImageGenerator: pictures in order, the settings in force, and what a model cannot be asked for."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+import megarq
+from megarq.errors import ConfigError
+from megarq.inference.generator import ImageGenerator, to_pictures
+
+CHANGES = {
+    "text": {},
+    "class": {"cond_length": 1, "cond_vocab_size": 5},
+    "none": {"cond_length": 1, "cond_vocab_size": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(build, export, tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {name: export(build(**changes), root / name) for name, changes in CHANGES.items()}
+
+
+@pytest.fixture
+def text(folders):
+    return megarq.ImageGenerator.from_pretrained(folders["text"], device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture
+def classes(folders):
+    return ImageGenerator.from_pretrained(folders["class"])
+
+
+@pytest.fixture
+def unconditional(folders):
+    return ImageGenerator.from_pretrained(folders["none"])
+
+
+def same(left, right):
+    return len(left) == len(right) and all(
+        np.array_equal(*map(np.asarray, pair)) for pair in zip(left, right, strict=True)
+    )
+
+
+def test_pictures_come_prompt_by_prompt(text):
+    pictures = text.generate(prompts=["a seven", "two"], count=3, seed=4)
+    cond = torch.tensor([[2, 3, 0, 0]] * 3 + [[4, 0, 0, 0]] * 3)
+    codes = text.sample_codes(cond, seed=4)
+    assert same(pictures, to_pictures(text.rqvae.decode(codes)))
+
+
+def test_pictures_are_rgb_of_the_rqvaes_resolution(text):
+    assert [(picture.mode, picture.size) for picture in text.generate(prompts="a seven")] == [("RGB", (4, 4))]
+
+
+def test_the_same_seed_gives_the_same_pictures(text):
+    assert same(text.generate(prompts=["two"], count=4, seed=9), text.generate(prompts=["two"], count=4, seed=9))
+
+
+def test_the_batch_size_does_not_change_the_pictures(folders, text):
+    small = ImageGenerator.from_pretrained(folders["text"], batch_size=2)
+    assert same(small.generate(prompts=["two"], count=5), text.generate(prompts=["two"], count=5))
+
+
+def test_bf16_draws_pictures(folders):
+    generator = ImageGenerator.from_pretrained(folders["text"], dtype=torch.bfloat16)
+    assert len(generator.generate(prompts=["two"], count=2)) == 2
+
+
+def test_classes_come_class_by_class(classes):
+    pictures = classes.generate(classes=[3, 1], count=2)
+    codes = classes.sample_codes(torch.tensor([[3], [3], [1], [1]]))
+    assert same(pictures, to_pictures(classes.rqvae.decode(codes)))
+
+
+def test_classes_may_come_in_an_array(classes):
+    assert same(classes.generate(classes=np.array([3, 1])), classes.generate(classes=[3, 1]))
+
+
+def test_one_class_needs_no_list(classes):
+    assert same(classes.generate(classes=3), classes.generate(classes=[3]))
+
+
+def test_a_model_without_condition_needs_no_question(unconditional):
+    assert len(unconditional.generate(count=3)) == 3
+
+
+def test_settings_left_out_are_the_folders(text):
+    text.sampling.top_k = 1
+    greedy = text.generate(prompts=["two"], count=2, top_k=1)
+    assert same(text.generate(prompts=["two"], count=2), greedy)
+    assert not same(text.generate(prompts=["two"], count=2, top_k=12), greedy)
+
+
+def test_settings_may_differ_per_depth(text):
+    cond = torch.tensor([[2, 3, 0, 0]] * 20)
+    codes = text.sample_codes(cond, top_k=[1, 12, 1])
+    assert len(codes[:, 0, 0, 0].unique()) == 1
+    assert len(codes[:, 0, 0, 1].unique()) > 1
+
+
+def test_progress_counts_every_stack(text):
+    told = []
+    text.generate(prompts=["two"], count=3, progress=told.append)
+    assert sum(told) == 3 * text.positions
+
+
+def test_a_long_prompt_is_cut_with_a_warning(text, caplog):
+    with caplog.at_level(logging.WARNING):
+        cond = text.conditions(["a small red seven two"])
+    assert cond.tolist() == [[2, 7, 5, 3]]
+    assert "has 5 tokens; the model reads the first 4" in caplog.text
+
+
+def test_pictures_are_clamped_to_eight_bits():
+    images = torch.tensor([-3.0, -1.0, 0.0, 1.0, 7.0]).view(1, 1, 1, 5).expand(1, 3, 1, 5)
+    assert np.asarray(to_pictures(images)[0])[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_one_channel_makes_grey_pictures():
+    assert to_pictures(torch.zeros(2, 1, 4, 4))[1].mode == "L"
+
+
+@pytest.mark.parametrize(
+    ("kind", "question", "message"),
+    [
+        ("text", {}, "neither prompts nor classes given.*prompts"),
+        ("text", {"classes": [1]}, "classes given.*prompts"),
+        ("text", {"prompts": ["two"], "classes": [1]}, "both given"),
+        ("text", {"prompts": []}, "empty list"),
+        ("text", {"prompts": ["two", " "]}, "prompt ' '"),
+        ("text", {"prompts": [3]}, "prompt 3"),
+        ("text", {"prompts": ["two"], "count": 0}, "count=0"),
+        ("text", {"prompts": ["two"], "count": 1.5}, "count=1.5"),
+        ("text", {"prompts": ["two"], "top_k": 0}, "top_k=0"),
+        ("text", {"prompts": ["two"], "temperature": float("nan")}, "temperature=nan"),
+        ("text", {"prompts": ["two"], "seed": "x"}, "seed='x'"),
+        ("class", {"prompts": ["two"]}, "prompts given.*classes"),
+        ("class", {"classes": [5]}, "class=5.*0 to 4"),
+        ("class", {"classes": [-1]}, "class=-1"),
+        ("class", {"classes": ["cat"]}, "class='cat'"),
+        ("class", {"classes": []}, "empty list"),
+        ("none", {"prompts": ["two"]}, "prompts given.*neither"),
+    ],
+)
+def test_what_a_model_cannot_be_asked_for_is_refused(folders, kind, question, message):
+    with pytest.raises(ConfigError, match=message):
+        ImageGenerator.from_pretrained(folders[kind]).generate(**question)
+
+
+def test_prompts_without_a_tokenizer_are_refused(text):
+    text.tokenizer = None
+    with pytest.raises(ConfigError, match="without a tokenizer"):
+        text.generate(prompts=["two"])

@@ -1,0 +1,106 @@
+"""tools/sample.py: one PNG, its text chunks, and bad options."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megarq import cli
+from megarq.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def tool():
+    path = Path(__file__).parents[3] / "tools" / "sample.py"
+    spec = importlib.util.spec_from_file_location("sample", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(build, export, tmp_path_factory):
+    return str(export(build(), tmp_path_factory.mktemp("tool") / "model"))
+
+
+@pytest.fixture(scope="module")
+def class_folder(build, export, tmp_path_factory):
+    return str(export(build(cond_length=1, cond_vocab_size=5), tmp_path_factory.mktemp("tool") / "model"))
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        (["--prompt", "two", "--count", "4"], (14, 14)),
+        (["--prompt", "two", "--prompt", "seven", "--count", "3"], (20, 14)),
+        (["--prompt", "two"], (8, 8)),
+    ],
+)
+def test_pictures_lie_in_a_grid_of_prompts_or_a_square(tool, folder, tmp_path, options, size):
+    tool.main([folder, *options, "--output", str(tmp_path / "new" / "grid.png")])
+    assert Image.open(tmp_path / "new" / "grid.png").size == size
+
+
+def test_the_pictures_are_the_generators_in_reading_order(tool, folder, tmp_path):
+    tool.main(
+        [
+            folder,
+            "--prompt",
+            "two",
+            "--prompt",
+            "red",
+            "--count",
+            "2",
+            "--seed",
+            "3",
+            "--output",
+            str(tmp_path / "g.png"),
+        ]
+    )
+    pictures = tool.ImageGenerator.from_pretrained(folder).generate(prompts=["two", "red"], count=2, seed=3)
+    sheet = np.asarray(Image.open(tmp_path / "g.png"))
+    assert np.array_equal(sheet[8:12, 2:6], np.asarray(pictures[2]))
+
+
+def test_classes_are_asked_for_by_number(tool, class_folder, tmp_path):
+    tool.main([class_folder, "--class", "3", "--class", "0", "--output", str(tmp_path / "g.png")])
+    assert json.loads(Image.open(tmp_path / "g.png").text["classes"]) == [3, 0]
+
+
+def test_the_png_tells_how_it_was_drawn(tool, folder, tmp_path):
+    options = ["--prompt", "two", "--top-k", "5,4,3", "--top-p", "0.9", "--temperature", "1.2", "--seed", "8"]
+    tool.main([folder, *options, "--output", str(tmp_path / "g.png")])
+    facts = {key: json.loads(value) for key, value in Image.open(tmp_path / "g.png").text.items() if key != "Software"}
+    assert facts == {"prompts": ["two"], "count": 1, "temperature": 1.2, "top_k": [5, 4, 3], "top_p": 0.9, "seed": 8}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "two", "--top-k", "0"], "top_k=0"),
+        (["--prompt", "two", "--top-k", "3,2"], "2 values for 3 depths"),
+        (["--prompt", "two", "--temperature", "0"], "temperature=0"),
+        (["--prompt", "two", "--temperature", "nan"], "temperature=nan"),
+        (["--prompt", "two", "--top-p", "2"], "top_p=2"),
+        (["--prompt", "two", "--count", "0"], "--count 0"),
+        (["--class", "2"], "classes given"),
+        ([], "neither prompts nor classes"),
+    ],
+)
+def test_a_bad_option_is_refused_and_writes_nothing(tool, folder, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        tool.main([folder, *options, "--output", str(tmp_path / "g.png")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_kind_of_picture_file_is_refused(tool, folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"ends in .png"):
+        tool.main([folder, "--prompt", "two", "--output", str(tmp_path / "g.jpg")])
+
+
+def test_an_error_is_printed_without_traceback(tool, tmp_path, capsys):
+    assert cli.run(lambda: tool.main([str(tmp_path / "nowhere"), "--prompt", "two"])) == 2
+    assert "is not a folder" in capsys.readouterr().err

@@ -1,0 +1,377 @@
+"""Image shards to code shards with a small RQ-VAE: content, repetition, interruption, and wrong folders."""
+
+import importlib.util
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megarq.config.models import RQVAEConfig
+from megarq.data.code_shards import CodeShards
+from megarq.data.image_shards import BadSamples, read_samples
+from megarq.data.manifest import CodeSettings, Manifest
+from megarq.data.transforms import transform_image
+from megarq.errors import DataError
+from megarq.inference.pretrained import load_rqvae, save_rqvae
+from megarq.pretokenize.run import code_settings, pretokenize
+from megarq.rqvae.model import RQVAE, fingerprint
+
+ROOT = Path(__file__).parents[3]
+COUNTS = (11, 4, 6)
+
+
+def small_rqvae(seed: int) -> RQVAE:
+    """8x8 pictures to 4x4x3 codes of 32."""
+    torch.manual_seed(seed)
+    config = RQVAEConfig(
+        resolution=8,
+        channels=32,
+        channel_multipliers=[1, 1],
+        res_blocks=1,
+        attention_resolutions=[],
+        latent_channels=8,
+        codebook_dim=8,
+        codebook_size=32,
+        depth=3,
+    )
+    model = RQVAE(config, seed=seed)
+    with torch.no_grad():
+        model.quant_conv.weight.mul_(3.0)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def rqvae() -> RQVAE:
+    return small_rqvae(0)
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[str]:
+    """Three tars of 11, 4 and 6 captioned pictures with classes."""
+    folder, number, paths = tmp_path / "images", 0, []
+    folder.mkdir()
+    for shard, count in enumerate(COUNTS):
+        paths.append(str(folder / f"{shard:05d}.tar"))
+        with tarfile.open(paths[-1], "w") as tar:
+            for _ in range(count):
+                pixels = np.random.default_rng(number).integers(0, 256, (8, 10, 3), dtype=np.uint8)
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).save(buffer, "PNG")
+                add(tar, f"k{number}.png", buffer.getvalue())
+                add(tar, f"k{number}.txt", f"picture {number}".encode())
+                add(tar, f"k{number}.cls", str(number % 3).encode())
+                number += 1
+    return paths
+
+
+@pytest.fixture
+def settings(rqvae: RQVAE) -> CodeSettings:
+    """Two draws and latents; blocks of 5, encoded 4 at a time."""
+    return code_settings(rqvae, draws=2, latents=True, batch_size=4, block_size=5)
+
+
+@pytest.fixture
+def run(rqvae: RQVAE, sources: list[str], settings: CodeSettings, tmp_path: Path) -> Callable[..., Manifest]:
+    """Pretokenize `sources` into a folder, quietly, with some of the arguments changed."""
+
+    def go(output: str = "codes", model: RQVAE = rqvae, given: list[str] | None = None, **changes: object) -> Manifest:
+        ours = replace(settings, fingerprint=fingerprint(model), **changes)  # type: ignore[arg-type]
+        device = torch.device("cpu")
+        return pretokenize(model, given or sources, tmp_path / output, ours, device=device, progress=False)
+
+    return go
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def every_place(codes: CodeShards) -> tuple[np.ndarray, np.ndarray]:
+    sizes = codes.block_sizes
+    return np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(size) for size in sizes])
+
+
+def test_each_image_shard_becomes_one_code_shard_of_small_blocks(run: Callable[..., Manifest]) -> None:
+    manifest = run()
+    assert [shard.file for shard in manifest.shards] == ["000000.tar", "000001.tar", "000002.tar"]
+    assert [[block.samples for block in shard.blocks] for shard in manifest.shards] == [[5, 5, 1], [4], [5, 1]]
+    assert [shard.source for shard in manifest.shards] == ["00000.tar", "00001.tar", "00002.tar"]
+
+
+def test_codes_are_the_rqvaes(run: Callable[..., Manifest], rqvae: RQVAE, sources: list[str], tmp_path: Path) -> None:
+    run()
+    codes = CodeShards.open(tmp_path / "codes")
+    samples = [sample for source in sources for sample in read_samples(source, BadSamples())]
+    pictures = torch.stack([transform_image(sample.image, "center", 8) for sample in samples])
+    with torch.no_grad():
+        latents = rqvae.encode(pictures)
+    places = every_place(codes)
+    assert np.allclose(codes.read_latents(*places), latents.numpy(), atol=2e-3)
+    agreement = (codes.read_codes(*places) == rqvae.quantize(latents).numpy()).mean()
+    assert agreement > 0.99  # another batch size may turn a near tie
+
+
+def test_keys_captions_and_classes_stay_with_their_pictures(run: Callable[..., Manifest], tmp_path: Path) -> None:
+    run()
+    codes = CodeShards.open(tmp_path / "codes")
+    assert (codes.key(3, 2), codes.captions(3, 2), codes.label(3, 2)) == ("k13", ["picture 13"], 1)
+
+
+def test_draws_differ_from_each_other_but_are_drawn_from_q(run: Callable[..., Manifest], tmp_path: Path) -> None:
+    run(temperature=100.0)
+    codes = CodeShards.open(tmp_path / "codes")
+    places = every_place(codes)
+    argmin, first, second = (codes.read_codes(*places, draw) for draw in range(3))
+    assert (first != second).mean() > 0.5 and (first != argmin).mean() > 0.5 and first.max() < 32
+
+
+def test_draws_at_a_low_temperature_are_the_argmin(run: Callable[..., Manifest], tmp_path: Path) -> None:
+    run(temperature=1e-6)
+    codes = CodeShards.open(tmp_path / "codes")
+    places = every_place(codes)
+    assert (codes.read_codes(*places, 1) == codes.read_codes(*places)).mean() > 0.99
+
+
+def test_perplexity_follows_the_temperature(run: Callable[..., Manifest]) -> None:
+    hot, cold = run("hot", temperature=1e4).perplexity, run("cold", temperature=1e-6).perplexity
+    assert hot == pytest.approx([32.0] * 3, rel=0.01) and cold == pytest.approx([1.0] * 3, abs=0.05)
+
+
+def test_two_runs_write_the_same_bytes(run: Callable[..., Manifest], tmp_path: Path) -> None:
+    run("a")
+    run("b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_shards_bytes_do_not_depend_on_the_other_shards(
+    run: Callable[..., Manifest], sources: list[str], tmp_path: Path
+) -> None:
+    run("all")
+    run("one", given=sources[:1])
+    assert (tmp_path / "all" / "000000.tar").read_bytes() == (tmp_path / "one" / "000000.tar").read_bytes()
+
+
+def test_a_drawn_stack_does_not_depend_on_block_or_batch(run: Callable[..., Manifest], tmp_path: Path) -> None:
+    run("a")
+    run("b", batch_size=3, block_size=7)
+    a, b = (CodeShards.open(tmp_path / name) for name in "ab")
+    assert (a.read_codes(*every_place(a), 1) == b.read_codes(*every_place(b), 1)).mean() > 0.99
+
+
+class KilledError(BaseException):
+    """Stands for a signal: nothing may catch it."""
+
+
+def killed_after(passes: int, rqvae: RQVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the encoder run a number of passes, then die."""
+    encode, left = rqvae.encode, iter(range(passes))
+
+    def dying(images: torch.Tensor) -> torch.Tensor:
+        if next(left, None) is None:
+            raise KilledError
+        return encode(images)
+
+    monkeypatch.setattr(rqvae, "encode", dying)
+
+
+@pytest.mark.parametrize("passes", [0, 3, 5, 6, 8])
+def test_an_interrupted_run_continues_to_the_same_bytes(
+    run: Callable[..., Manifest], rqvae: RQVAE, tmp_path: Path, passes: int
+) -> None:
+    run("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        killed_after(passes, rqvae, patch)
+        with pytest.raises(KilledError):
+            run("codes")
+    assert not (tmp_path / "codes" / "manifest.json").exists()
+    run("codes")
+    assert contents(tmp_path / "codes") == contents(tmp_path / "whole")
+
+
+def test_the_half_file_of_a_killed_run_is_overwritten(run: Callable[..., Manifest], tmp_path: Path) -> None:
+    run("whole")
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes" / ".000001.tar.tmp").write_bytes(b"half")
+    run("codes")
+    assert contents(tmp_path / "codes") == contents(tmp_path / "whole")
+
+
+def test_finished_shards_are_not_encoded_again(run: Callable[..., Manifest], rqvae: RQVAE) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        killed_after(6, rqvae, patch)
+        with pytest.raises(KilledError):
+            run()
+    with pytest.MonkeyPatch.context() as patch:
+        killed_after(3, rqvae, patch)
+        run()
+
+
+def test_a_rerun_of_a_finished_folder_encodes_nothing(run: Callable[..., Manifest], rqvae: RQVAE) -> None:
+    first = run()
+    with pytest.MonkeyPatch.context() as patch:
+        killed_after(0, rqvae, patch)
+        assert run() == first
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove"])
+def test_a_damaged_output_shard_alone_is_made_again(
+    run: Callable[..., Manifest], rqvae: RQVAE, tmp_path: Path, damage: str
+) -> None:
+    run()
+    before, shard = contents(tmp_path / "codes"), tmp_path / "codes" / "000001.tar"
+    if damage == "remove":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.MonkeyPatch.context() as patch:
+        killed_after(1, rqvae, patch)
+        run()
+    assert contents(tmp_path / "codes") == before
+
+
+def test_more_image_shards_may_be_appended(run: Callable[..., Manifest], sources: list[str], tmp_path: Path) -> None:
+    run("whole")
+    run("codes", given=sources[:2])
+    run("codes")
+    assert contents(tmp_path / "codes") == contents(tmp_path / "whole")
+
+
+def test_a_torn_image_shard_stops_the_run_and_leaves_no_half_shard(
+    run: Callable[..., Manifest], sources: list[str], tmp_path: Path
+) -> None:
+    data = Path(sources[1]).read_bytes()
+    Path(sources[1]).write_bytes(data[: len(data) // 3])
+    with pytest.raises(DataError, match=r"00001\.tar' is truncated or damaged after key 'k1\d'"):
+        run()
+    assert sorted(contents(tmp_path / "codes")) == ["000000.json", "000000.tar"]
+
+
+def test_an_unreadable_picture_is_skipped_counted_and_named(
+    run: Callable[..., Manifest], sources: list[str], rqvae: RQVAE, settings: CodeSettings, tmp_path: Path
+) -> None:
+    with tarfile.open(sources[1], "a") as tar:
+        add(tar, "broken.jpg", b"no picture")
+    with pytest.raises(DataError, match="1 bad samples of 22 seen"):
+        run()
+    manifest = pretokenize(
+        rqvae,
+        sources,
+        tmp_path / "codes",
+        settings,
+        device=torch.device("cpu"),
+        max_bad_rate=0.1,
+        progress=False,
+    )
+    assert [shard.skipped for shard in manifest.shards] == [0, 1, 0] and manifest.samples == sum(COUNTS)
+
+
+def test_an_image_shard_without_samples_becomes_an_empty_shard(
+    run: Callable[..., Manifest], sources: list[str], tmp_path: Path
+) -> None:
+    with tarfile.open(sources[1], "w"):
+        pass
+    manifest = run()
+    assert [shard.samples for shard in manifest.shards] == [11, 0, 6]
+    assert CodeShards.open(tmp_path / "codes").key(3, 0) == "k15"
+
+
+def test_sources_without_any_sample_are_refused(run: Callable[..., Manifest], tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    with pytest.raises(DataError, match="no usable picture in 1 image shards"):
+        run(given=[str(tmp_path / "empty.tar")])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 1.0}, "begun with temperature=0.5, this command has temperature=1.0"),
+        ({"draws": 3}, "begun with draws=2, this command has draws=3"),
+        ({"model": small_rqvae(1)}, "begun with fingerprint="),
+    ],
+    ids=["temperature", "draws", "rqvae"],
+)
+def test_a_folder_of_other_settings_is_refused(
+    run: Callable[..., Manifest], changes: dict[str, object], message: str
+) -> None:
+    run()
+    with pytest.raises(DataError, match=message):
+        run(**changes)
+
+
+def test_a_folder_of_another_source_is_refused(run: Callable[..., Manifest], sources: list[str]) -> None:
+    run()
+    with pytest.raises(DataError, match=r"000000\.tar was made from 00000\.tar, but image shard 0 is now 00001\.tar"):
+        run(given=[sources[1], sources[0], sources[2]])
+
+
+def test_a_folder_of_more_sources_is_refused(run: Callable[..., Manifest], sources: list[str]) -> None:
+    run()
+    with pytest.raises(DataError, match=r"holds 000002\.tar, which none of the 2 image shards becomes"):
+        run(given=sources[:2])
+
+
+def test_a_damaged_record_is_refused(run: Callable[..., Manifest], tmp_path: Path) -> None:
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes" / "000000.json").write_text('{"settings": {}}')
+    with pytest.raises(DataError, match=r"000000\.json is damaged: no field"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"draws": -1}, "--draws -1"),
+        ({"temperature": 0.0}, "--temperature 0.0"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"transform": "crop"}, "unknown transform 'crop'"),
+    ],
+)
+def test_wrong_settings_are_refused(rqvae: RQVAE, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        code_settings(rqvae, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("pretokenize_tool", ROOT / "tools" / "pretokenize.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_command_makes_a_folder_that_carries_its_rqvae(
+    tool: ModuleType, rqvae: RQVAE, sources: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_rqvae(rqvae, tmp_path / "rqvae")
+    output = tmp_path / "codes"
+    pattern = str(Path(sources[0]).parent / "*.tar")
+    options = ["--rqvae", str(tmp_path / "rqvae"), "--output", str(output), "--device", "cpu", "--draws", "1"]
+    tool.main([*options, "--data", pattern])
+    codes = CodeShards.open(output)
+    codes.check_fingerprint(fingerprint(load_rqvae(output)))
+    printed = capsys.readouterr().out
+    assert "21 samples in 3 shards" in printed and "perplexity of Q at temperature 0.5, depth 1 to 3: " in printed
+    assert json.loads((output / "manifest.json").read_text())["perplexity"] == list(codes.manifest.perplexity)
+
+
+def test_the_command_names_a_missing_shard(tool: ModuleType, sources: list[str], tmp_path: Path) -> None:
+    shutil.rmtree(Path(sources[0]).parent)
+    with pytest.raises(DataError, match="missing shard"):
+        tool.main(["--rqvae", str(tmp_path), "--data", sources[0], "--output", str(tmp_path / "codes")])

@@ -1,0 +1,45 @@
+"""Export a training run to one folder, ready for tools/sample.py, megarq.ImageGenerator or tools/pretokenize.py."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from megarq import cli
+from megarq.inference.export import DTYPES, export_run
+from megarq.inference.tensor_files import PART_BYTES
+
+EXAMPLE = "example: python tools/export.py runs/cc3m --output models/cc3m --dtype bf16"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    arguments = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE)
+    arguments.add_argument("run", metavar="RUN", help="the --output of megarq/train.py or megarq/train_rqvae.py")
+    arguments.add_argument("--output", required=True, metavar="FOLDER", help="the folder to write")
+    arguments.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    arguments.add_argument(
+        "--weights", choices=["ema", "param"], help="moving average or last step (default: ema where the run kept it)"
+    )
+    arguments.add_argument(
+        "--dtype", choices=DTYPES, default="fp32", help="of the RQ-Transformer's weights (default: fp32)"
+    )
+    arguments.add_argument(
+        "--part-gb", type=float, default=PART_BYTES / 1e9, help="largest file of weights in GB (default: %(default)g)"
+    )
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    options = parser().parse_args(argv)
+    info = export_run(
+        options.run, options.output, options.step, options.weights, DTYPES[options.dtype], int(options.part_gb * 1e9)
+    )
+    if info.transformer is None:
+        print(f"{options.output}: RQ-VAE {info.rqvae_fingerprint[:12]}")
+    else:
+        print(f"{options.output}: {info.transformer.condition} model, step {info.step}, {info.weights} weights")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
