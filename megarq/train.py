@@ -27,7 +27,7 @@ from megarq.planning.flops import training_flops
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build, run."""
-    args = parser().parse_args(argv)
+    args = parser().parse_intermixed_args(argv)
     cli.require(args, parser(), model="t2i-3.9b", data="CODES", output="RUN")
     config = load_config(args.model, args.overrides, "rq-transformer")
     assert isinstance(config, RQTransformerRunConfig)

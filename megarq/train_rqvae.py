@@ -27,7 +27,7 @@ from megarq.planning.flops import rqvae_training_flops
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build, run."""
-    args = parser().parse_args(argv)
+    args = parser().parse_intermixed_args(argv)
     cli.require(args, parser(), model="rqvae-8x8x4", data="'shards/*.tar'", output="RUN")
     config = load_config(args.model, args.overrides, "rq-vae")
     assert isinstance(config, RQVAERunConfig)

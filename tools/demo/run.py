@@ -27,7 +27,7 @@ from megarq.data.code_shards import CodeShards
 from megarq.errors import MegarqError
 
 ROOT = Path(__file__).resolve().parents[2]
-DRAWS, TEMPERATURE = 8, 0.02
+DRAWS, TEMPERATURE = 8, 0.01
 PICTURES = 200
 SEED = 0
 
@@ -38,7 +38,7 @@ def walk(output: Path, shuffle_captions: bool) -> dict[str, list[str]]:
     tokenizer = str(output / "tokenizer.json")
     bin_folder = Path(sys.executable).parent
     ranks = torch.cuda.device_count() if torch.cuda.is_available() else 2
-    deepspeed = [str(bin_folder / "deepspeed"), "--num_accelerators", str(min(2, ranks))]
+    deepspeed = [str(bin_folder / "deepspeed"), "--quiet", "--num_accelerators", str(min(2, ranks))]
     shards = [f"{at['shards']}/{part}-*.tar" for part in ("train", "validation")]
 
     def make_shards(part: str) -> list[str]:
@@ -53,7 +53,7 @@ def walk(output: Path, shuffle_captions: bool) -> dict[str, list[str]]:
         "validation shards": [*python, *make_shards("validation")],
         "tokenizer": [
             *[*python, "tools/train_text_tokenizer.py", "--data", shards[0]],
-            *["--vocab-size", "256", "--output", tokenizer],
+            *["--vocab-size", "128", "--output", tokenizer],
         ],
         "rqvae": [
             *[*deepspeed, "megarq/train_rqvae.py", "--ds_config", "zero1.json", "--model", "rqvae-demo"],
@@ -65,7 +65,7 @@ def walk(output: Path, shuffle_captions: bool) -> dict[str, list[str]]:
         ],
         "rqtransformer": [
             *[*deepspeed, "megarq/train.py", "--ds_config", "zero3.json", "--model", "demo", "--data", at["codes"]],
-            *["--tokenizer", tokenizer, "--output", at["rqtransformer"], f"objective.temperature={TEMPERATURE}"],
+            *["--tokenizer", tokenizer, "--output", at["rqtransformer"]],
         ],
         "export": [*python, "tools/export.py", at["rqtransformer"], "--output", at["model"]],
     }
