@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable
 
@@ -42,11 +43,14 @@ def require(args: argparse.Namespace, parser: argparse.ArgumentParser, **example
     """Raise ConfigError with the complete command to type where one of these options is missing."""
     missing = [f"--{name}" for name in examples if not getattr(args, name)]
     if missing:
-        options = " ".join(
-            f"--{name} {value if isinstance(value := getattr(args, name), str) else example}"
-            for name, example in examples.items()
-        )
-        script = "train_rqvae.py" if "rqvae" in examples["model"] else "train.py --tokenizer tokenizer.json"
-        name, _, rest = script.partition(" ")
-        command = f"deepspeed megarq/{name} --ds_config {args.ds_config} {options} {rest}".rstrip()
-        raise ConfigError(f"{', '.join(missing)} missing. The complete command:\n    {command} [key=value ...]")
+        script = "train_rqvae.py" if "rqvae" in examples["model"] else "train.py"
+        if script == "train.py":
+            examples["tokenizer"] = "tokenizer.json"
+        options = [f"--{name} {_as_typed(getattr(args, name)) or example}" for name, example in examples.items()]
+        overrides = _as_typed(args.overrides) or "[key=value ...]"
+        command = " ".join([f"deepspeed megarq/{script} --ds_config {args.ds_config}", *options, overrides])
+        raise ConfigError(f"{', '.join(missing)} missing. The complete command:\n    {command}")
+
+
+def _as_typed(value: str | list[str] | None) -> str:
+    return shlex.join([value] if isinstance(value, str) else value or [])

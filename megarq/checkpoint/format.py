@@ -33,6 +33,7 @@ from megarq.errors import CheckpointError
 VERSION = 1
 METADATA = "metadata.json"
 _HEADER = "fragments"
+_DAMAGED = "the checkpoint is damaged. Write the step before it into `latest` to go on from there."
 
 
 @dataclass(frozen=True)
@@ -93,23 +94,33 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder} has no {METADATA}: the checkpoint was never finished. Use another step's folder."
             ) from error
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{folder / METADATA} is not JSON ({error}): the checkpoint is damaged.") from error
+        if not isinstance(metadata, dict):
+            raise CheckpointError(f"{folder / METADATA} is not an object: the checkpoint is damaged.")
         if metadata.get("format") != "megarq-checkpoint" or metadata.get("version") != VERSION:
             raise CheckpointError(
                 f"{folder} is of format {metadata.get('format')!r} version {metadata.get('version')!r}; this release "
                 f"reads megarq-checkpoint version {VERSION}."
             )
+        if not all({"name", "bytes", "sha256"} <= entry.keys() for entry in metadata.get("files") or [{}]):
+            raise CheckpointError(f"{folder / METADATA} does not list the files: the checkpoint is damaged.")
         for entry in metadata["files"]:
             path = folder / entry["name"]
             size = path.stat().st_size if path.exists() else None
             if size != entry["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise CheckpointError(
-                    f"{path} {found}, {entry['bytes']} were written: the checkpoint is damaged. "
-                    "Remove its folder to go on from the one before."
-                )
+                raise CheckpointError(f"{path} {found}, {entry['bytes']} were written: {_DAMAGED}")
         return cls(folder, metadata)
+
+    def verify(self, rank: int = 0, world_size: int = 1) -> None:
+        """Read this rank's share of the files through. Raises CheckpointError where a byte is not the one written."""
+        for entry in self.metadata["files"][rank::world_size]:
+            path = self.folder / entry["name"]
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != entry["sha256"]:
+                raise CheckpointError(f"{path} has the sha256 {digest}, {entry['sha256']} was written: {_DAMAGED}")
 
     def names(self, kind: str = "param") -> list[str]:
         """Full names of the tensors of a kind, sorted."""

@@ -89,12 +89,13 @@ def publish_checkpoint(
         _sync_folder(root)
         write_atomically(root / LATEST, f"{final.name}\n")
         shutil.rmtree(replaced, ignore_errors=True)
-        _prune(root, keep)
+        _prune(root, final.name, keep)
     gather(None)
 
 
-def _prune(root: Path, keep: int) -> None:
-    steps = sorted(root.glob("step-*"))
+def _prune(root: Path, newest: str, keep: int) -> None:
+    """Later steps, of a run that was taken back to an earlier one, stay until they are written again."""
+    steps = sorted(path for path in root.glob("step-*") if path.name <= newest)
     for folder in steps[:-keep] if keep else []:
         shutil.rmtree(folder)
 

@@ -59,7 +59,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     """The JSON file, with every key known. Raises ConfigError."""
     try:
         ds = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--ds_config {path} is not JSON: {error}. Correct the file.") from error
     if not isinstance(ds, dict):
         raise ConfigError(f"--ds_config {path} holds a {type(ds).__name__}: expected an object of DeepSpeed's keys.")
@@ -105,8 +105,13 @@ def _refuse_unknown(ds: Mapping[str, Any], path: Path) -> None:
                 raise ConfigError(f"{path}: {key} is not taken from ds_config. Use {_OURS_INSTEAD[key]} instead.")
             if key not in known[section]:
                 raise ConfigError(f"{path}: unknown key {full}.{suggestion(key, known[section]) or ' Remove it.'}")
-            if full in known and isinstance(value, Mapping):
-                walk(full, value)
+            if full not in known or (section and value is None):
+                continue
+            if not isinstance(value, Mapping):
+                raise ConfigError(
+                    f"{path}: {full}={json.dumps(value)}: expected an object of {', '.join(sorted(known[full]))}."
+                )
+            walk(full, value)
 
     walk("", ds)
 
@@ -190,6 +195,12 @@ def _check_optimizer(optimizer: Mapping[str, Any], train: TrainConfig) -> None:
     ours = {"lr": train.lr, "betas": list(train.betas), "weight_decay": train.weight_decay}
     for key, value in ours.items():
         _agree(stated, key, f"train.{key}", value, prefix="optimizer.params.")
+    for key, value in (("eps", 1e-8), ("adam_w_mode", True)):
+        if stated.get(key, "auto") not in ("auto", value):
+            raise ConfigError(
+                f"ds_config says optimizer.params.{key}={json.dumps(stated[key])}, but AdamW here has "
+                f"{json.dumps(value)}. Remove the key."
+            )
 
 
 def _zero(zero: Mapping[str, Any], parallel: ParallelConfig) -> dict[str, Any]:

@@ -29,6 +29,11 @@ class Batch(Protocol):
 class Task(Protocol):
     """What is trained: how a micro-batch becomes losses, and what is looked at now and then."""
 
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of all losses; one that `losses` leaves out is null in the metrics."""
+        ...
+
     def micro_batches(self, batch: Any, count: int) -> list[Any]:
         """Equal parts of a rank's share, in order."""
         ...
@@ -128,7 +133,12 @@ class Trainer:
     def _report(self, terms: dict[str, float], batch: Batch) -> None:
         plan = self.plan
         images_per_second = plan.train.global_batch_size / max(self._speed.step(), 1e-9)
-        values: dict[str, Any] = {**terms, "images_per_second": images_per_second, "mfu": None}
+        values: dict[str, Any] = {
+            **dict.fromkeys(self.task.terms),
+            **terms,
+            "images_per_second": images_per_second,
+            "mfu": None,
+        }
         if plan.peak_tflops:
             achieved = plan.flops_per_image * images_per_second / self.groups.topology.world_size
             values["mfu"] = achieved / (plan.peak_tflops * 1e12)

@@ -83,10 +83,17 @@ class MetricsLog:
 
 
 def _lines(path: Path) -> list[str]:
-    """Whole lines of a file; a last line that a killed run left unfinished is dropped."""
+    """Whole lines of a file; what a killed run left unfinished is dropped."""
     if not path.exists():
         return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _is_whole(line)]
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        return line.endswith("\n") and "step" in json.loads(line)
+    except json.JSONDecodeError:
+        return False
 
 
 def _undefined(value: Any) -> bool:

@@ -76,6 +76,8 @@ def decayed(name: str) -> bool:
 class RQVAETask:
     """Reconstruction and commitment loss under a DeepSpeed engine around an RQVAE."""
 
+    terms = ("loss", "reconstruction_loss", "commitment_loss")
+
     def __init__(
         self,
         engine: Any,

@@ -21,7 +21,7 @@ from megarq.engine.loop import Batch, RunPlan, Task, Trainer, gather_objects
 from megarq.engine.metrics import MetricsLog, peak_tflops
 from megarq.engine.schedule import run_length
 from megarq.engine.state import EngineState
-from megarq.errors import ConfigError
+from megarq.errors import CheckpointError, ConfigError
 from megarq.files import write_atomically
 from megarq.parallel.topology import ProcessGroups, Topology
 
@@ -58,7 +58,7 @@ class Session:
         checkpoint = latest_checkpoint(run)
         if checkpoint is not None:
             _check_same_model(checkpoint, config, run)
-        gather_objects(None)
+        _verify_together(checkpoint, topology)
         if topology.rank == 0:
             run.mkdir(parents=True, exist_ok=True)
             save_config(config, run / RESOLVED)
@@ -163,13 +163,30 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _verify_together(checkpoint: Checkpoint | None, topology: Topology) -> None:
+    """Each rank reads its share of the files; all raise the same CheckpointError where one is damaged (collective)."""
+    failure = None
+    if checkpoint is not None:
+        try:
+            checkpoint.verify(topology.rank, topology.world_size)
+        except CheckpointError as error:
+            failure = str(error)
+    for message in gather_objects(failure):
+        if message is not None:
+            raise CheckpointError(message)
+
+
 def _check_same_model(checkpoint: Checkpoint, config: RQTransformerRunConfig | RQVAERunConfig, run: Path) -> None:
+    if checkpoint.metadata["architecture"] != config.architecture:
+        raise ConfigError(
+            f"--output {run} holds a run of an {checkpoint.metadata['architecture']}, this one trains an "
+            f"{config.architecture}. Give another --output."
+        )
     saved, ours = checkpoint.metadata["config"]["model"], json.loads(json.dumps(asdict(config.model)))
     differing = sorted(key for key in saved.keys() | ours.keys() if saved.get(key) != ours.get(key))
-    differing = [key for key in differing if key != "dropout"]
-    if checkpoint.metadata["architecture"] != config.architecture or differing:
-        key = differing[0] if differing else "architecture"
-        raise ConfigError(
-            f"--output {run} holds a run with model.{key}={saved.get(key)}, this one has {ours.get(key)}. "
-            "Give another --output, or the configuration of the run."
-        )
+    for key in differing:
+        if key != "dropout":
+            raise ConfigError(
+                f"--output {run} holds a run with model.{key}={saved.get(key)}, this one has {ours.get(key)}. "
+                "Give another --output, or the configuration of the run."
+            )

@@ -16,7 +16,7 @@ def whole_transformer(engine: Any, config: RQTransformerConfig, tp: TensorGroup)
     module: RQTransformer = engine.module
     if engine.zero_optimization_stage() < 3:
         return module
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     codebooks = [part for part in module.modules() if isinstance(part, FrozenCodebook)]
     shared = all(codebook.shared for codebook in codebooks)

@@ -27,6 +27,8 @@ from megarq.transformer.loss import LossTerms, objective
 class TransformerTask:
     """Image and caption loss of code stacks under a DeepSpeed engine around an RQTransformer."""
 
+    terms = ("loss", "image_loss", "caption_loss")
+
     def __init__(
         self,
         engine: Any,
@@ -65,7 +67,7 @@ class TransformerTask:
             kept = batch.weights.bool()
             terms = self._terms(batch, kept)
             count += kept.sum()
-            for name, value in zip(("loss", "image_loss", "caption_loss"), terms, strict=True):
+            for name, value in zip(self.terms, terms, strict=True):
                 if value is not None:
                     weighted = value.float() * kept.sum() if kept.any() else value.new_zeros(())
                     sums[name] = sums.get(name, torch.zeros_like(weighted)) + weighted

@@ -44,6 +44,11 @@ def read_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
             continue
         places = zip(names, (0, 1, 0), strict=True)
         rank, world_size, local_rank = (_integer(environ, name, default) for name, default in places)
+        if rank >= world_size:
+            raise ConfigError(
+                f"{names[0]}={rank}, but {names[1]}={world_size}: ranks count from 0. Start through the launcher, or "
+                f"unset {names[0]}."
+            )
         if world_size > 1 and "MASTER_ADDR" not in environ and launcher.startswith(("srun", "torchrun")):
             raise ConfigError(
                 f"{launcher} started {world_size} ranks, but MASTER_ADDR is not set: "

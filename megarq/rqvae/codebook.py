@@ -112,13 +112,14 @@ class Codebook(nn.Module):
         return self.weight[:-1].float()
 
     def distances(self, vectors: Tensor) -> Tensor:
-        """|v - e(k)|^2 - |v|^2 for all k, [..., C] -> [..., K]: what v itself adds changes no choice between codes.
+        """|v - e(k)|^2 for all k, [..., C] -> [..., K], as |v|^2 + |e(k)|^2 - 2 v.e(k) rounded in this order.
 
+        The released models' codes were searched with the same sum, so that nearly equal codes fall the same way.
         Call under `full_precision`, with fp32 vectors.
         """
-        codes = self.vectors
-        flat = vectors.reshape(-1, self.dim)
-        return torch.addmm(codes.square().sum(1), flat, codes.t(), alpha=-2.0).reshape(*vectors.shape[:-1], self.size)
+        codes, flat = self.vectors, vectors.reshape(-1, self.dim)
+        norms = flat.square().sum(1, keepdim=True) + codes.square().sum(1)
+        return torch.addmm(norms, flat, codes.t(), alpha=-2.0).reshape(*vectors.shape[:-1], self.size)
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """Codes [...] of the nearest codebook vectors to [..., C]; the first of equals."""

@@ -2,7 +2,7 @@
 
 Codes enter as the frozen codebook's vectors through one Linear, or as learned embeddings. The codebook is a buffer of
 each input that reads it, so that nothing is shared between pipeline stages; it is not part of the state dict, since
-the RQ-VAE's file holds it.
+the RQ-VAE's file holds it. Under bf16 training DeepSpeed leaves it fp32: its vectors are cast where they are projected.
 Shapes: B batch, L condition length, T positions, D depth, E width, C codebook dim.
 """
 
@@ -80,7 +80,7 @@ class BodyInput(nn.Module):
 
     def embed_codes(self, codes: Tensor, first: int = 0) -> Tensor:
         """Stacks [B, S, D] at positions `first`, `first` + 1, .. to [B, S, E]."""
-        vectors = self.projection(self.codes(codes)).sum(dim=-2)
+        vectors = self.projection(self.codes(codes).to(self.positions.dtype)).sum(dim=-2)
         return vectors + self.positions[first : first + codes.shape[1]]
 
 
@@ -105,8 +105,8 @@ class HeadInput(nn.Module):
         """What the codes of the first depths [..., d] tell the head about the depths after them, [..., d, E]."""
         vectors = self.codes(codes)
         if self.cumulative:
-            vectors = vectors.float().cumsum(dim=-2).to(vectors.dtype)
-        return self.projection(vectors)
+            vectors = vectors.float().cumsum(dim=-2)
+        return self.projection(vectors.to(self.positions.dtype))
 
     def embed_step(self, context: Tensor, codes: Tensor) -> Tensor:
         """The head's next token [B, 1, E], given the context [B, E] and the d codes [B, d] drawn so far."""
