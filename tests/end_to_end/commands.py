@@ -1,0 +1,110 @@
+"""Running MegaRQ's command lines: as a user types them, or in forked processes, which saves seconds of imports.
+
+    typed("tools/make_shards.py", "--images", folder)          a process of its own; what it printed
+    call("tools/make_shards.py", "--images", folder)           Outcome(status, printed, errors), from a fork
+
+Both run on the CPU, whatever the machine has. A fork runs the script's file as `python FILE` does, but finds torch and
+DeepSpeed imported already; each has its own, since DeepSpeed keeps process groups for the life of a process.
+"""
+
+import functools
+import logging
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from gloo_ranks import preload
+
+ROOT = Path(__file__).resolve().parents[2]
+ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SECONDS_FOR_A_COMMAND = 300
+
+
+class Outcome(NamedTuple):
+    """How a command ended."""
+
+    status: int | None
+    """Exit status: 0, 2 after an error, None where it did not end in time."""
+    printed: str
+    """What stands on stdout."""
+    errors: str
+    """What stands on stderr."""
+
+
+def typed(script: str, *arguments: object, ranks: int | None = None) -> str:
+    """Run a script from the repository's root, with `ranks` under DeepSpeed's launcher; returns stdout and stderr."""
+    start = [sys.executable]
+    if ranks is not None:
+        launcher = Path(sys.executable).with_name("deepspeed")
+        start = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    command = [*start, script, *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=_environment(), text=True, capture_output=True, timeout=SECONDS_FOR_A_COMMAND
+    )
+    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def call(script: str, *arguments: object) -> Outcome:
+    """Run a script in a fork of this process, as one rank alone."""
+    _preload_once()
+    with tempfile.TemporaryDirectory() as folder:
+        streams = Path(folder, "stdout"), Path(folder, "stderr")
+        fork = multiprocessing.get_context("fork").Process(target=_run, args=(script, arguments, streams))
+        fork.start()
+        fork.join(SECONDS_FOR_A_COMMAND)
+        if fork.is_alive():
+            fork.kill()
+            return Outcome(None, *(stream.read_text() for stream in streams))
+        return Outcome(fork.exitcode, *(stream.read_text() for stream in streams))
+
+
+def succeed(script: str, *arguments: object) -> Outcome:
+    """`call` of what should work."""
+    outcome = call(script, *arguments)
+    assert outcome.status == 0, f"{script} ended with {outcome.status}:\n{outcome.printed}\n{outcome.errors}"
+    return outcome
+
+
+@functools.cache
+def _preload_once() -> None:
+    preload()
+
+
+def _run(script: str, arguments: tuple[object, ...], streams: tuple[Path, Path]) -> None:
+    """The fork: fresh streams, environment and log handlers, then the script's file."""
+    for descriptor, (name, path) in enumerate(zip(("stdout", "stderr"), streams, strict=True), start=1):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), descriptor)
+        setattr(sys, name, open(descriptor, "w", buffering=1, encoding="utf-8", closefd=False))  # noqa: SIM115, PTH123
+    environment = _environment()
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.cuda.is_available = lambda: False
+    logging.getLogger().handlers.clear()
+    os.chdir(ROOT)
+    sys.path[0] = str((ROOT / script).parent)
+    sys.argv = [script, *map(str, arguments)]
+    runpy.run_path(script, run_name="__main__")
+
+
+def _environment() -> dict[str, str]:
+    """The environment of a user without launcher, and without GPUs."""
+    launched = {name for name in os.environ if name in LAUNCHED or name.startswith("SLURM_")}
+    return {name: value for name, value in os.environ.items() if name not in launched} | ON_CPU
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

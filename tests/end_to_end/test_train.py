@@ -1,0 +1,180 @@
+"""Training by its real commands: under DeepSpeed's launcher, killed and started again, and alone without a launcher."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megarq.checkpoint.run_folder import checkpoint_at
+from megarq.config.models import RQVAEConfig
+from megarq.data.code_writer import CodeBlock, write_shard
+from megarq.data.manifest import CodeSettings, Manifest
+from megarq.inference.pretrained import save_rqvae
+from megarq.rqvae.model import RQVAE, fingerprint
+from megarq.text.training import train_tokenizer
+from tests.end_to_end.commands import ON_CPU, ROOT, call, free_port, succeed, typed
+
+STEPS, SAVED_EVERY, KILLED_AT = 24, 5, 13
+SAMPLES = 100
+KEYS = {
+    *("step", "loss", "image_loss", "caption_loss", "grad_norm", "lr", "images_per_second", "mfu", "memory_gib"),
+    *("samples_seen", "epoch"),
+}
+MODEL = """
+architecture: rq-transformer
+model:
+  code_shape: [2, 2, 2]
+  codebook_size: 16
+  codebook_dim: 8
+  embed_dim: 32
+  body: {layers: 1, heads: 2}
+  head: {layers: 1, heads: 2}
+  cond_length: 6
+  cond_vocab_size: 64
+  dropout: 0.0
+train: {global_batch_size: 16, lr: 0.01, warmup_steps: 3, precision: fp32}
+data: {bpe_dropout: 0.1}
+log: {console_every: 1, validate_every: 0, peak_tflops: 1.0}
+"""
+
+
+def write_codes(folder: Path) -> None:
+    """Random codes of captioned pictures in two shards, beside a random RQ-VAE."""
+    torch.manual_seed(0)
+    rqvae = RQVAE(
+        RQVAEConfig(
+            resolution=4,
+            channels=32,
+            channel_multipliers=[1, 1],
+            res_blocks=1,
+            attention_resolutions=[],
+            latent_channels=8,
+            codebook_dim=8,
+            codebook_size=16,
+            depth=2,
+        )
+    ).eval()
+    save_rqvae(rqvae, folder)
+    settings = CodeSettings((2, 2, 2), (16, 16), 2, 0.5, None, fingerprint(rqvae), "center", 4, 0, 16, 1024)
+    random, records = np.random.default_rng(0), []
+    for shard in range(2):
+        stacks = random.integers(0, 16, (3, SAMPLES // 2, 2, 2, 2), dtype=np.uint16)
+        numbers = range(shard * SAMPLES // 2, (shard + 1) * SAMPLES // 2)
+        captions = [[f"picture number {number}", f"no. {number}"] for number in numbers]
+        labels = [number % 7 for number in numbers]
+        block = CodeBlock(stacks[0], list(stacks[1:]), None, [str(number) for number in numbers], captions, labels)
+        records.append(write_shard(folder, shard, settings, f"{shard:05d}.tar", [block]))
+    Manifest(settings, tuple(records)).save(folder)
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What a training command is given, but for --ds_config and --output."""
+    folder = tmp_path_factory.mktemp("train")
+    write_codes(folder / "codes")
+    train_tokenizer([f"picture number no. {number}" for number in range(SAMPLES)], 64, folder / "tokenizer.json")
+    (folder / "tiny.yaml").write_text(MODEL)
+    files = ["--model", folder / "tiny.yaml", "--data", folder / "codes", "--tokenizer", folder / "tokenizer.json"]
+    return [*map(str, files), f"train.steps={STEPS}", f"checkpoint.every={SAVED_EVERY}"]
+
+
+@pytest.fixture(scope="module")
+def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without launcher and without interruption."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    typed("megarq/train.py", "--ds_config", "zero1.json", *options, "--output", run, "data.workers=0")
+    return run
+
+
+@pytest.fixture(scope="module")
+def killed(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two ranks of DeepSpeed's launcher, killed in the middle, and started again with the same command."""
+    run = tmp_path_factory.mktemp("killed") / "run"
+    arguments = ["--ds_config", "zero3.json", *options, "--output", str(run)]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
+    with subprocess.Popen(
+        [*launcher, "--master_port", str(free_port()), "megarq/train.py", *arguments],
+        cwd=ROOT,
+        env=os.environ | ON_CPU,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        seen = [line for line in iter(process.stdout.readline, "") if not kill_at(KILLED_AT, line, process)]
+    assert process.returncode == -signal.SIGKILL, "".join(seen)
+    typed("megarq/train.py", *arguments, ranks=2)
+    return run
+
+
+def kill_at(step: int, line: str, process: subprocess.Popen) -> bool:
+    """Kill all processes of a launch where a line of its console says that the step is done."""
+    if line.startswith(f"step {step}/"):
+        os.killpg(process.pid, signal.SIGKILL)
+        return True
+    return False
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_step_has_one_line_with_all_keys(whole):
+    lines = metrics(whole)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(set(line) == KEYS for line in lines)
+    assert all(line[key] is not None for line in lines for key in KEYS)
+
+
+def test_epochs_and_samples_are_counted(whole):
+    last = metrics(whole)[-1]
+    assert (last["samples_seen"], last["epoch"]) == (STEPS * 16, STEPS * 16 // SAMPLES)
+
+
+def test_the_run_learns(whole):
+    losses = [line["loss"] for line in metrics(whole)]
+    assert losses[-1] < losses[0]
+
+
+def test_a_run_leaves_what_an_export_needs(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert {"config.resolved.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "rqvae", "tokenizer.json"} <= names
+
+
+def test_the_last_step_is_saved_and_the_newest_are_kept(whole):
+    steps = sorted(path.name for path in (whole / "checkpoints").glob("step-*"))
+    assert steps == ["step-00000020", "step-00000024"]
+    assert checkpoint_at(whole).metadata["step"] == STEPS
+
+
+def test_a_killed_run_on_two_ranks_has_each_step_once(killed):
+    lines = metrics(killed)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(set(line) == KEYS for line in lines)
+
+
+def test_a_killed_run_on_two_ranks_has_the_losses_of_a_whole_one_on_one(whole, killed):
+    for ours, expected in zip(metrics(killed), metrics(whole), strict=True):
+        for name in ("loss", "image_loss", "caption_loss", "grad_norm", "lr", "samples_seen", "epoch"):
+            assert ours[name] == pytest.approx(expected[name], rel=1e-4), (ours["step"], name)
+
+
+def test_a_finished_run_has_nothing_to_do(whole, options):
+    before = (whole / "metrics.jsonl").read_text()
+    said = succeed("megarq/train.py", "--ds_config", "zero1.json", *options, "--output", whole, "data.workers=0")
+    assert f"already at step {STEPS}, nothing to do" in said.printed
+    assert (whole / "metrics.jsonl").read_text() == before
+
+
+def test_ds_config_alone_is_answered_with_the_complete_command():
+    outcome = call("megarq/train.py", "--ds_config", "zero3.json")
+    assert outcome.status == 2
+    assert "deepspeed megarq/train.py --ds_config zero3.json --model t2i-3.9b --data CODES" in outcome.errors
+    assert "Traceback" not in outcome.errors

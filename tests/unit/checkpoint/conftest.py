@@ -1,0 +1,49 @@
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megarq.checkpoint.format import Fragment
+from megarq.checkpoint.run_folder import publish_checkpoint
+
+WEIGHT = torch.arange(24.0).reshape(6, 4)
+BIAS = torch.arange(5.0)
+
+
+def whole_tensors() -> dict[str, tuple[Fragment, Tensor]]:
+    """A weight [6, 4] and a bias [5], each whole."""
+    return {"param/weight": (Fragment((6, 4)), WEIGHT), "param/bias": (Fragment((5,)), BIAS)}
+
+
+def publish(
+    run: Path,
+    step: int,
+    tensors: Mapping[str, tuple[Fragment, Tensor]] | None = None,
+    keep: int = 0,
+    **metadata: Any,
+) -> Path:
+    """Save a step from one rank; returns its folder."""
+    tensors = whole_tensors() if tensors is None else tensors
+    publish_checkpoint(run, step, tensors, metadata, keep, 0, lambda value: [value])
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run that holds the checkpoint of step 3."""
+    publish(tmp_path / "run", 3)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def step(run: Path) -> Path:
+    """The folder of that checkpoint."""
+    return run / "checkpoints" / "step-00000003"
+
+
+@pytest.fixture(name="publish")
+def publish_fixture():
+    return publish

@@ -1,0 +1,129 @@
+"""What a run checks before it starts: layout, the run that is there already, files kept beside it."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megarq.checkpoint.run_folder import publish_checkpoint
+from megarq.config.load import load_config
+from megarq.config.run import RQTransformerRunConfig, RQVAERunConfig
+from megarq.data.order import LoaderState
+from megarq.engine.session import Session, copy_once, resolve_and_place
+from megarq.errors import CheckpointError, ConfigError
+from megarq.launch.environment import read_environment
+from megarq.launch.process_group import joined
+from megarq.parallel.topology import Topology
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def alone():
+    """A default process group of one."""
+    with joined(read_environment({}), CPU):
+        yield
+    assert not dist.is_initialized()
+
+
+def config_of(**model: object) -> RQTransformerRunConfig:
+    config = load_config("demo", [f"model.{key}={value}" for key, value in model.items()], "rq-transformer")
+    assert isinstance(config, RQTransformerRunConfig)
+    return config
+
+
+def publish(run: Path, config: RQTransformerRunConfig | RQVAERunConfig) -> Path:
+    """A checkpoint at step 5, as a run of this configuration leaves it; returns its folder."""
+    metadata = {
+        "architecture": config.architecture,
+        "config": asdict(config),
+        "loader": {"epoch": 1, "sample": 40},
+        "optimizer_step": 5,
+    }
+    publish_checkpoint(run, 5, {}, metadata, 0, 0, lambda value: [value])
+    return run / "checkpoints" / "step-00000005"
+
+
+def open_session(config: RQTransformerRunConfig, run: Path) -> Session:
+    return Session.open(config, {}, Topology(), run, CPU)
+
+
+def test_a_new_run_starts_at_the_first_sample(alone, tmp_path):
+    session = open_session(config_of(), tmp_path / "run")
+    assert session.checkpoint is None and session.start == LoaderState(0, 0)
+
+
+def test_the_resolved_configuration_is_written(alone, tmp_path):
+    open_session(config_of(dropout=0.25), tmp_path / "run")
+    again = load_config(str(tmp_path / "run" / "config.resolved.yaml"), [])
+    assert again == config_of(dropout=0.25)
+
+
+def test_a_run_that_is_there_goes_on(alone, tmp_path):
+    publish(tmp_path, config_of())
+    session = open_session(config_of(), tmp_path)
+    assert session.checkpoint is not None and session.checkpoint.metadata["step"] == 5
+    assert session.start == LoaderState(1, 40)
+
+
+def test_a_run_of_another_model_is_refused(alone, tmp_path):
+    publish(tmp_path, config_of(embed_dim=48))
+    with pytest.raises(ConfigError, match="holds a run with model.embed_dim=48, this one has 96"):
+        open_session(config_of(embed_dim=96), tmp_path)
+
+
+def test_dropout_may_change_when_a_run_goes_on(alone, tmp_path):
+    publish(tmp_path, config_of(dropout=0.1))
+    assert open_session(config_of(dropout=0.3), tmp_path).checkpoint is not None
+
+
+def test_a_run_of_another_architecture_is_refused(alone, tmp_path):
+    rqvae = load_config("rqvae-demo", [], "rq-vae")
+    publish(tmp_path, rqvae)
+    with pytest.raises(ConfigError, match="holds a run of an rq-vae, this one trains an rq-transformer"):
+        open_session(config_of(), tmp_path)
+
+
+def test_a_changed_byte_of_the_checkpoint_is_refused(alone, tmp_path):
+    path = publish(tmp_path, config_of()) / "rank-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        open_session(config_of(), tmp_path)
+
+
+def test_layouts_are_checked_without_a_process_group():
+    config = config_of()
+    config.parallel.tp = 2
+    ds, topology = resolve_and_place(config, {"zero_optimization": {"stage": 3}}, 4, 3)
+    assert (topology.dp, topology.data_rank, topology.tensor_rank) == (2, 1, 1)
+    assert ds["train_micro_batch_size_per_gpu"] == 32
+
+
+@pytest.mark.parametrize(("stage", "message"), [(3, "with ZeRO stage 3"), (1, "this release trains without pipelines")])
+def test_pipelines_are_refused_without_a_process_group(stage, message):
+    config = config_of()
+    config.parallel.pp = 2
+    with pytest.raises(ConfigError, match=message):
+        resolve_and_place(config, {"zero_optimization": {"stage": stage}}, 2, 0)
+
+
+def test_a_file_is_copied_into_the_run_once(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("one")
+    run = tmp_path / "run"
+    run.mkdir()
+    copy_once(tmp_path / "tokenizer.json", run, "tokenizer.json")
+    copy_once(tmp_path / "tokenizer.json", run, "tokenizer.json")
+    assert (run / "tokenizer.json").read_text() == "one"
+
+
+def test_another_file_than_the_runs_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("two")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "tokenizer.json").write_text("one")
+    with pytest.raises(ConfigError, match="differs from .* go on with the file that the run was started with"):
+        copy_once(tmp_path / "tokenizer.json", run, "tokenizer.json")
