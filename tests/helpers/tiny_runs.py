@@ -170,6 +170,7 @@ def engine_run(
     ds: dict[str, Any],
     tp: int = 1,
     kill_at: int | None = None,
+    device: torch.device = CPU,
 ) -> dict[str, Tensor]:
     """Start the run or go on with it, on all ranks of the default group; the run's folder holds what it wrote.
 
@@ -177,8 +178,8 @@ def engine_run(
     """
     config = replace(config, parallel=ParallelConfig(tp=tp))
     resolved, topology = resolve_and_place(config, ds, dist.get_world_size(), dist.get_rank())
-    session = Session.open(config, resolved, topology, run, CPU)
-    rqvae = tiny_rqvae()
+    session = Session.open(config, resolved, topology, run, device)
+    rqvae = tiny_rqvae().to(device)
     model = tiny_model(config, rqvae, session.groups)
     weights: dict[str, Tensor] = {}
     task = partial(
@@ -189,7 +190,7 @@ def engine_run(
         tokenizer=None,
         validation=None,
         groups=session.groups,
-        device=CPU,
+        device=device,
     )
     batches = Batches(config, topology.data_rank, topology.dp, session.start, kill_at)
     try:

@@ -8,12 +8,15 @@ OUTPUT/report.json and OUTPUT/samples.png. An interrupted demo goes on where it 
 
 import argparse
 import json
+import os
+import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import time
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -149,6 +152,13 @@ def last_validation(metrics: Path) -> float:
     return float(next(line["validation_loss"] for line in reversed(lines) if "validation_loss" in line))
 
 
+def machine() -> dict[str, object]:
+    """Where and with what the numbers were measured."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    versions = {name: version(name) for name in ("megarq", "torch", "deepspeed")}
+    return {"cores": len(os.sched_getaffinity(0)), "gpu": gpu, "python": platform.python_version(), **versions}
+
+
 def show(report: dict[str, object], output: Path) -> None:
     """The table at the end."""
     print()
@@ -191,6 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     report = judge(output)
     seconds["judge"] = time.monotonic() - start
     report["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
+    report["machine"] = machine()
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     show(report, shown)
 

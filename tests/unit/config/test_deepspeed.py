@@ -156,7 +156,11 @@ def test_what_agrees_is_kept():
         ({"optimizer": {"params": {"betas": [0.9, 0.99]}}}, "optimizer.params.betas=[0.9, 0.99]", "train.betas gives"),
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type='Lamb'", "AdamW"),
         ({"optimizer": {"params": {"eps": 1e-6}}}, "optimizer.params.eps=1e-06", "AdamW here has 1e-08"),
-        ({"optimizer": {"params": {"adam_w_mode": False}}}, "optimizer.params.adam_w_mode=false", "AdamW here has true"),
+        (
+            {"optimizer": {"params": {"adam_w_mode": False}}},
+            "optimizer.params.adam_w_mode=false",
+            "AdamW here has true",
+        ),
     ],
 )
 def test_contradictions_are_refused_naming_both(ds, theirs, ours):
