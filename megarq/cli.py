@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from megarq.errors import ConfigError, MegarqError
+from megarq.launch.environment import read_environment
 
 
 def run(main: Callable[[], None]) -> int:
@@ -14,17 +15,29 @@ def run(main: Callable[[], None]) -> int:
 
     A ConfigError is the same on all ranks of a job, so rank 0 alone prints it.
     """
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    rank = _rank()
     try:
         main()
     except MegarqError as error:
-        if rank == "0" or not isinstance(error, ConfigError):
-            print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
+        if rank == 0 or not isinstance(error, ConfigError):
+            print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}. Check the path, its rights and the disk.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _rank() -> int:
+    try:
+        return read_environment(os.environ).rank
+    except ConfigError:
+        return 0
 
 
 def training_parser(description: str | None, ds_config: str) -> argparse.ArgumentParser:
@@ -46,10 +59,16 @@ def require(args: argparse.Namespace, parser: argparse.ArgumentParser, **example
         script = "train_rqvae.py" if "rqvae" in examples["model"] else "train.py"
         if script == "train.py":
             examples["tokenizer"] = "tokenizer.json"
-        options = [f"--{name} {_as_typed(getattr(args, name)) or example}" for name, example in examples.items()]
+        if args.validation_data:
+            examples["validation-data"] = _as_typed(args.validation_data)
+        options = [f"--{name} {_given(args, name) or example}" for name, example in examples.items()]
         overrides = _as_typed(args.overrides) or "[key=value ...]"
         command = " ".join([f"deepspeed megarq/{script} --ds_config {args.ds_config}", *options, overrides])
         raise ConfigError(f"{', '.join(missing)} missing. The complete command:\n    {command}")
+
+
+def _given(args: argparse.Namespace, name: str) -> str:
+    return _as_typed(getattr(args, name.replace("-", "_")))
 
 
 def _as_typed(value: str | list[str] | None) -> str:

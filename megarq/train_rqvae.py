@@ -1,7 +1,7 @@
 """Train an RQ-VAE on image shards.
 
     deepspeed megarq/train_rqvae.py --ds_config zero1.json --model rqvae-8x8x4 --data 'shards/{00000..03999}.tar' \\
-        --output RUN train.micro_batch_size=32
+        --output RUN loss.perceptual_weight=0 loss.adversarial_weight=0
 
 Also under torchrun, srun (one task per rank) and mpirun, or as plain `python megarq/train_rqvae.py ...` on one device.
 A run goes on from its newest checkpoint when --output holds one.
@@ -9,6 +9,7 @@ A run goes on from its newest checkpoint when --output holds one.
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +25,16 @@ from megarq.launch.environment import read_environment
 from megarq.launch.process_group import joined, rank_device
 from megarq.planning.flops import rqvae_training_flops
 
+OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build, run."""
     args = parser().parse_intermixed_args(argv)
+    for name in ("data", "validation_data"):  # options that take several values take the key=value after them too
+        given = getattr(args, name) or []
+        setattr(args, name, [value for value in given if not OVERRIDE.match(value)])
+        args.overrides += [value for value in given if OVERRIDE.match(value)]
     cli.require(args, parser(), model="rqvae-8x8x4", data="'shards/*.tar'", output="RUN")
     config = load_config(args.model, args.overrides, "rq-vae")
     assert isinstance(config, RQVAERunConfig)

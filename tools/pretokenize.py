@@ -12,7 +12,7 @@ from megarq import cli
 from megarq.data.files import expand_shards
 from megarq.data.manifest import Manifest
 from megarq.data.transforms import TRANSFORMS
-from megarq.inference.pretrained import load_rqvae
+from megarq.inference.pretrained import find_device, load_rqvae
 from megarq.pretokenize.run import code_settings, pretokenize
 
 EXAMPLE = """example:
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     logging.basicConfig(format="%(message)s")
     sources = expand_shards(args.data)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rqvae = load_rqvae(args.rqvae, device)
     settings = code_settings(
         rqvae,

@@ -95,16 +95,16 @@ class Checkpoint:
                 f"{folder} has no {METADATA}: the checkpoint was never finished. Use another step's folder."
             ) from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{folder / METADATA} is not JSON ({error}): the checkpoint is damaged.") from error
+            raise CheckpointError(f"{folder / METADATA} is not JSON ({error}): {_DAMAGED}") from error
         if not isinstance(metadata, dict):
-            raise CheckpointError(f"{folder / METADATA} is not an object: the checkpoint is damaged.")
+            raise CheckpointError(f"{folder / METADATA} is not an object: {_DAMAGED}")
         if metadata.get("format") != "megarq-checkpoint" or metadata.get("version") != VERSION:
             raise CheckpointError(
                 f"{folder} is of format {metadata.get('format')!r} version {metadata.get('version')!r}; this release "
-                f"reads megarq-checkpoint version {VERSION}."
+                f"reads megarq-checkpoint version {VERSION}. Use the release that wrote it."
             )
-        if not all({"name", "bytes", "sha256"} <= entry.keys() for entry in metadata.get("files") or [{}]):
-            raise CheckpointError(f"{folder / METADATA} does not list the files: the checkpoint is damaged.")
+        if not all(_is_file_entry(entry) for entry in metadata.get("files") or [None]):
+            raise CheckpointError(f"{folder / METADATA} does not list the checkpoint's files: {_DAMAGED}")
         for entry in metadata["files"]:
             path = folder / entry["name"]
             size = path.stat().st_size if path.exists() else None
@@ -131,7 +131,7 @@ class Checkpoint:
         """One full tensor, put together from its fragments. Raises CheckpointError where any part is missing."""
         places = self._places.get(f"{kind}/{name}")
         if not places:
-            raise CheckpointError(f"{self.folder} holds no {kind} of {name}: it is a checkpoint of another model.")
+            raise CheckpointError(f"{self.folder} holds no {kind} of {name}: use a checkpoint of this model.")
         shape, key = places[0][1].shape, f"{kind}/{name}"
         slices: dict[tuple[int, int, int], Tensor] = {}
         covered = 0
@@ -157,10 +157,17 @@ class Checkpoint:
         return full
 
 
+def _is_file_entry(entry: Any) -> bool:
+    """Whether an entry of the metadata names a file of the folder itself."""
+    if not isinstance(entry, dict) or not {"name", "bytes", "sha256"} <= entry.keys():
+        return False
+    return isinstance(entry["name"], str) and Path(entry["name"]).name == entry["name"]
+
+
 def _read_header(path: Path) -> dict[str, Fragment]:
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {})[_HEADER])
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): the checkpoint is damaged.") from error
+        raise CheckpointError(f"{path} cannot be read ({error}): {_DAMAGED}") from error
     return {key: Fragment(**{**fields, "shape": tuple(fields["shape"])}) for key, fields in header.items()}

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from megarq.checkpoint.format import METADATA, VERSION, Checkpoint, Fragment, write_rank_file
 from megarq.errors import CheckpointError
 from megarq.files import write_atomically
+from megarq.parallel.together import Gather, gather_objects, together
 
 LATEST = "latest"
 
@@ -58,7 +59,7 @@ def publish_checkpoint(
     metadata: Mapping[str, Any],
     keep: int,
     rank: int,
-    gather: Callable[[Any], list[Any]],
+    gather: Gather = gather_objects,
 ) -> None:
     """Save a step, collectively: all ranks write their files under a temporary name, rank 0 then gives it its name.
 
@@ -69,16 +70,21 @@ def publish_checkpoint(
         metadata: what else a resumed run needs; the same on all ranks.
         keep: newest checkpoints left on disk; 0 keeps all.
         rank: this rank; 0 publishes.
-        gather: an all-gather of a Python object over all ranks, also used as the barrier.
+        gather: an all-gather of a Python object over all ranks.
+
+    Raises on all ranks where one cannot write: OSError there, MegarqError elsewhere. `latest` then names what it did.
     """
     root = checkpoints_folder(run)
     temporary, final = root / f".{step_name(step)}.tmp", root / step_name(step)
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    gather(None)
-    files = gather(write_rank_file(temporary, rank, tensors))
-    if rank == 0:
+
+    def prepare() -> None:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+    def publish() -> None:
+        if rank > 0:
+            return
         document = {"format": "megarq-checkpoint", "version": VERSION, "step": step, "files": files, **metadata}
         write_atomically(temporary / METADATA, json.dumps(document, indent=1))
         replaced = root / f".{final.name}.replaced"
@@ -90,7 +96,10 @@ def publish_checkpoint(
         write_atomically(root / LATEST, f"{final.name}\n")
         shutil.rmtree(replaced, ignore_errors=True)
         _prune(root, final.name, keep)
-    gather(None)
+
+    together(prepare, gather)
+    files = together(lambda: write_rank_file(temporary, rank, tensors), gather)
+    together(publish, gather)
 
 
 def _prune(root: Path, newest: str, keep: int) -> None:

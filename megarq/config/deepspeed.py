@@ -35,13 +35,11 @@ _SCALARS = {
     "dump_state",
     "log_level",
     "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
 }
 _SECTIONS = {
     "data_types": {"grad_accum_dtype"},
     "optimizer": {"type", "params"},
-    "optimizer.params": {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode"},
-    "pipeline": {"pipe_partitioned", "grad_partitioned", "activation_checkpoint_interval", "use_reentrant"},
+    "optimizer.params": {"lr", "betas", "eps", "weight_decay", "adam_w_mode"},
     "flops_profiler": {
         "enabled",
         "recompute_fwd_factor",
@@ -64,11 +62,12 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     if not isinstance(ds, dict):
         raise ConfigError(f"--ds_config {path} holds a {type(ds).__name__}: expected an object of DeepSpeed's keys.")
     _refuse_unknown(ds, path)
+    _refuse_wrong_values(ds, path)
     return ds
 
 
-def _known_keys() -> dict[str, set[str]]:
-    """Keys of each section; those that DeepSpeed itself declares are asked of the release in use."""
+def _declared_sections() -> dict[str, Any]:
+    """Sections that the DeepSpeed release in use declares itself, as pydantic models."""
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.monitor.config import CSVConfig, TensorBoardConfig, WandbConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config
@@ -78,7 +77,7 @@ def _known_keys() -> dict[str, set[str]]:
         DeepSpeedZeroOffloadParamConfig,
     )
 
-    declared = {
+    return {
         "zero_optimization": DeepSpeedZeroConfig,
         "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
         "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
@@ -88,9 +87,13 @@ def _known_keys() -> dict[str, set[str]]:
         "wandb": WandbConfig,
         "csv_monitor": CSVConfig,
     }
+
+
+def _known_keys() -> dict[str, set[str]]:
+    """Keys of each section, "" being the top level."""
     sections = {
         name: {key for field, info in model.model_fields.items() for key in (field, info.alias) if key}
-        for name, model in declared.items()
+        for name, model in _declared_sections().items()
     } | _SECTIONS
     return sections | {"": _SCALARS | {name for name in sections if "." not in name}}
 
@@ -116,6 +119,20 @@ def _refuse_unknown(ds: Mapping[str, Any], path: Path) -> None:
     walk("", ds)
 
 
+def _refuse_wrong_values(ds: Mapping[str, Any], path: Path) -> None:
+    from pydantic import ValidationError
+
+    for name, model in _declared_sections().items():
+        if "." in name or name not in ds:
+            continue
+        try:
+            model(**_without_auto(ds[name]))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, (name, *first["loc"])))
+            raise ConfigError(f"{path}: {key}={first['input']!r}: {first['msg']}. Correct the value.") from error
+
+
 def resolve_ds_config(
     ds: Mapping[str, Any], train: TrainConfig, parallel: ParallelConfig, data_parallel: int
 ) -> dict[str, Any]:
@@ -128,7 +145,7 @@ def resolve_ds_config(
         data_parallel: number of data-parallel ranks.
     """
     micro, accumulation = batch_sizes(train, data_parallel)
-    resolved = {key: value for key, value in ds.items() if key != "optimizer"}
+    resolved = _without_auto({key: value for key, value in ds.items() if key != "optimizer"})
     _check_optimizer(ds.get("optimizer", {}), train)
     expected = {
         "train_batch_size": ("train.global_batch_size", train.global_batch_size),
@@ -146,11 +163,20 @@ def resolve_ds_config(
     resolved["bf16"] = bf16
     resolved.setdefault("communication_data_type", "fp32")
     resolved["data_types"] = {"grad_accum_dtype": "fp32"} | resolved.get("data_types", {})
-    resolved["zero_optimization"] = _zero(resolved.get("zero_optimization", {}), parallel)
+    resolved["zero_optimization"] = _without_auto(_zero(ds.get("zero_optimization", {}), parallel))
     resolved.setdefault("zero_allow_untested_optimizer", True)
-    resolved.setdefault("zero_force_ds_cpu_optimizer", False)
+    resolved["zero_force_ds_cpu_optimizer"] = False
     resolved.setdefault("steps_per_print", 10**12)
     return resolved
+
+
+def _without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What is stated: keys that say "auto" are left to the run, or to DeepSpeed's default."""
+    return {
+        key: _without_auto(value) if isinstance(value, Mapping) else value
+        for key, value in section.items()
+        if value != "auto"
+    }
 
 
 def batch_sizes(train: TrainConfig, data_parallel: int) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """What the two networks are made of. Defaults are those of the published 8x8x4 text-to-image system."""
 
 from dataclasses import dataclass, field
-from math import prod
 
+from megarq.config.ranges import AMOUNT, COUNT, RATE, check_ranges
 from megarq.errors import ConfigError
 
 
@@ -64,12 +64,23 @@ class RQVAEConfig:
         return _sizes_per_depth(self.codebook_size, self.codebook_sizes, self.depth)
 
     def validate(self) -> None:
-        """Raise ConfigError where the fields contradict each other."""
+        """Raise ConfigError where a value is out of range or the fields contradict each other."""
+        shape = ("resolution", "image_channels", "channels", "channel_multipliers", "res_blocks", "latent_channels")
+        codebook = ("codebook_dim", "codebook_size", "codebook_sizes", "depth")
+        check_ranges("model", self, **dict.fromkeys((*shape, *codebook), COUNT), decay=RATE, dropout=RATE)
+        if not self.channel_multipliers:
+            raise ConfigError("model.channel_multipliers=[]: give one multiplier for each level, such as [1,1,2].")
         if self.resolution % 2 ** (len(self.channel_multipliers) - 1):
             raise ConfigError(
                 f"model.resolution={self.resolution}: {len(self.channel_multipliers)} levels halve it "
                 f"{len(self.channel_multipliers) - 1} times. Use a multiple of "
                 f"{2 ** (len(self.channel_multipliers) - 1)} or fewer model.channel_multipliers."
+            )
+        levels = [self.resolution // 2**level for level in range(len(self.channel_multipliers))]
+        if not set(self.attention_resolutions) <= set(levels):
+            raise ConfigError(
+                f"model.attention_resolutions={list(self.attention_resolutions)}: the levels have {levels}. "
+                "Choose among them."
             )
         widths = {self.channels * multiplier for multiplier in self.channel_multipliers}
         if any(width % 32 for width in widths):
@@ -100,6 +111,12 @@ class StackConfig:
     """Biases in the query, key, value and output projections."""
     mlp_bias: bool = True
     """Biases in the MLP."""
+
+    def validate(self, name: str) -> None:
+        """Raise ConfigError where a value is out of range; `name` is the stack's key."""
+        check_ranges(name, self, layers=AMOUNT, heads=COUNT)
+        if self.gelu not in ("exact", "sigmoid"):
+            raise ConfigError(f"{name}.gelu={self.gelu!r}: use exact or sigmoid.")
 
 
 @dataclass
@@ -165,19 +182,18 @@ class RQTransformerConfig:
         return "codebook" in (self.body_input, self.head_input)
 
     def validate(self) -> None:
-        """Raise ConfigError where the fields contradict each other."""
-        if len(self.code_shape) != 3 or prod(self.code_shape) < 1:
-            raise ConfigError(
-                f"model.code_shape={list(self.code_shape)}: give height, width and depth, each 1 or more."
-            )
+        """Raise ConfigError where a value is out of range or the fields contradict each other."""
+        if len(self.code_shape) != 3:
+            raise ConfigError(f"model.code_shape={list(self.code_shape)}: give height, width and depth.")
+        counts = ("code_shape", "codebook_size", "codebook_sizes", "codebook_dim", "embed_dim", "cond_length")
+        check_ranges("model", self, **dict.fromkeys((*counts, "cond_vocab_size"), COUNT), dropout=RATE)
         for name, stack in (("body", self.body), ("head", self.head)):
+            stack.validate(f"model.{name}")
             if self.embed_dim % stack.heads:
                 raise ConfigError(
                     f"model.{name}.heads={stack.heads} does not divide model.embed_dim={self.embed_dim}. "
                     "Choose a divisor: the heads share the width equally."
                 )
-            if stack.gelu not in ("exact", "sigmoid"):
-                raise ConfigError(f"model.{name}.gelu={stack.gelu!r}: use exact or sigmoid.")
         for name, value in (("body_input", self.body_input), ("head_input", self.head_input)):
             if value not in ("codebook", "learned"):
                 raise ConfigError(f"model.{name}={value!r}: use codebook or learned.")
@@ -191,8 +207,6 @@ class RQTransformerConfig:
                 f"model.codebook_sizes={list(self.sizes)} with a shared table. Set model.shared_classifier=false "
                 "and model.shared_embedding=false: depths of different size cannot share."
             )
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model.dropout={self.dropout}: use a rate from 0 up to, but not including, 1.")
 
     @property
     def _learns_embeddings(self) -> bool:

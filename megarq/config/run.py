@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from megarq.config.models import RQTransformerConfig, RQVAEConfig
+from megarq.config.ranges import AMOUNT, COUNT, POSITIVE, RATE, SHARE, Range, check_ranges
 from megarq.errors import ConfigError
 
 
@@ -27,7 +28,7 @@ class TrainConfig:
     warmup_epochs: float = 0.0
     """Warm-up in passes over the data, added to `warmup_steps`."""
     schedule: str = "cosine"
-    """After warm-up: "cosine" to 0 at the last step, or "constant"."""
+    """After warm-up: "cosine", reaching 0 where a step after the last would be, or "constant"."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """Adam's decay rates."""
     weight_decay: float = 1e-4
@@ -49,14 +50,12 @@ class TrainConfig:
             raise ConfigError(f"train.schedule={self.schedule!r}: use cosine or constant.")
         if self.steps is None and self.epochs is None:
             raise ConfigError("train.steps and train.epochs are both unset: give one, for example train.steps=50000.")
-        for name in ("steps", "epochs", "global_batch_size", "micro_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"train.{name}={value}: use a number above 0.")
-        if self.lr <= 0:
-            raise ConfigError(f"train.lr={self.lr}: use a number above 0.")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ConfigError(f"train.ema_decay={self.ema_decay}: use a decay between 0 and 1, such as 0.9999.")
+        if len(self.betas) != 2:
+            raise ConfigError(f"train.betas={list(self.betas)}: give two numbers, such as [0.9,0.95].")
+        counts = dict.fromkeys(("steps", "global_batch_size", "micro_batch_size"), COUNT)
+        amounts = dict.fromkeys(("warmup_steps", "warmup_epochs", "weight_decay", "clip"), AMOUNT)
+        decay = Range(0, 1, open_low=True, open_high=True)
+        check_ranges("train", self, **counts, **amounts, epochs=POSITIVE, lr=POSITIVE, betas=RATE, ema_decay=decay)
 
 
 @dataclass
@@ -67,6 +66,10 @@ class ParallelConfig:
     """Tensor-parallel size: ranks that share each layer."""
     pp: int = 1
     """Pipeline-parallel size: ranks that share the list of layers."""
+
+    def validate(self) -> None:
+        """Raise ConfigError where a value cannot be run."""
+        check_ranges("parallel", self, tp=COUNT, pp=COUNT)
 
 
 @dataclass
@@ -88,8 +91,7 @@ class ObjectiveConfig:
         """Raise ConfigError where a value cannot be run."""
         if self.targets not in ("draws", "argmin", "soft"):
             raise ConfigError(f"objective.targets={self.targets!r}: use draws, argmin or soft.")
-        if self.temperature <= 0:
-            raise ConfigError(f"objective.temperature={self.temperature}: use a temperature above 0.")
+        check_ranges("objective", self, temperature=POSITIVE, image_weight=AMOUNT, caption_weight=AMOUNT)
 
 
 @dataclass
@@ -99,9 +101,13 @@ class DataConfig:
     workers: int = 2
     """Loader processes per rank; 0 loads in the training process."""
     validation_shards: int = 0
-    """Hold out this many of the last shards of the first --data folder for validation."""
+    """Hold out this many of the last shards of the --data folder for validation."""
     bpe_dropout: float = 0.0
     """Rate of BPE dropout on training captions."""
+
+    def validate(self) -> None:
+        """Raise ConfigError where a value cannot be run."""
+        check_ranges("data", self, workers=AMOUNT, validation_shards=AMOUNT, bpe_dropout=SHARE)
 
 
 @dataclass
@@ -112,6 +118,10 @@ class CheckpointConfig:
     """Steps between checkpoints (the last step is always saved)."""
     keep: int = 2
     """Newest checkpoints kept on disk; 0 keeps all."""
+
+    def validate(self) -> None:
+        """Raise ConfigError where a value cannot be run."""
+        check_ranges("checkpoint", self, every=COUNT, keep=AMOUNT)
 
 
 @dataclass
@@ -127,9 +137,19 @@ class LogConfig:
     sample_count: int = 16
     """Pictures in a grid."""
     sample_prompts: list[str] = field(default_factory=list)
-    """What to draw for a grid, in turn; the first classes where the condition is a class."""
+    """What to draw for a grid, in turn; by default the first held-out captions. Classes: the first ones."""
     peak_tflops: float | None = None
     """Peak of one device in TFLOP/s for the MFU; by default looked up from the device's name."""
+
+    def validate(self) -> None:
+        """Raise ConfigError where a value cannot be run."""
+        check_ranges(
+            "log",
+            self,
+            **dict.fromkeys(("console_every", "sample_count"), COUNT),
+            **dict.fromkeys(("validate_every", "sample_every"), AMOUNT),
+            peak_tflops=POSITIVE,
+        )
 
 
 @dataclass
@@ -142,6 +162,10 @@ class SamplingConfig:
     """Draw among the likeliest codes that hold this share of the probability."""
     temperature: float = 1.0
     """Divides the logits."""
+
+    def validate(self) -> None:
+        """Raise ConfigError where a value cannot be run."""
+        check_ranges("sampling", self, top_k=COUNT, top_p=Range(0, 1, open_low=True), temperature=POSITIVE)
 
 
 @dataclass
@@ -161,9 +185,11 @@ class RQTransformerRunConfig:
 
     def validate(self) -> None:
         """Raise ConfigError where anything in the run cannot be run."""
-        self.model.validate()
-        self.objective.validate()
-        self.train.validate()
+        for section in (
+            *(self.model, self.objective, self.train, self.parallel),
+            *(self.data, self.checkpoint, self.log, self.sampling),
+        ):
+            section.validate()
 
 
 @dataclass
@@ -183,6 +209,8 @@ class RQVAELossConfig:
         """Raise ConfigError where a value cannot be run."""
         if self.reconstruction not in ("mse", "l1"):
             raise ConfigError(f"loss.reconstruction={self.reconstruction!r}: use mse or l1.")
+        weights = ("commitment_weight", "perceptual_weight", "adversarial_weight")
+        check_ranges("loss", self, **dict.fromkeys(weights, AMOUNT))
 
 
 @dataclass
@@ -190,9 +218,15 @@ class RQVAEDataConfig:
     """How images reach the RQ-VAE."""
 
     transform: str = "center"
-    """Named transform from a picture to a square: see megarq.data.images.TRANSFORMS."""
+    """Named transform from a picture to a square: see megarq.data.transforms."""
     workers: int = 2
     """Decoding processes per rank."""
+    max_bad_rate: float = 0.01
+    """Share of unreadable pictures above which the run stops; those below are logged and skipped."""
+
+    def validate(self) -> None:
+        """Raise ConfigError where a value cannot be run."""
+        check_ranges("data", self, workers=AMOUNT, max_bad_rate=SHARE)
 
 
 @dataclass
@@ -215,6 +249,8 @@ class RQVAERunConfig:
 
     def validate(self) -> None:
         """Raise ConfigError where anything in the run cannot be run."""
-        self.model.validate()
-        self.loss.validate()
-        self.train.validate()
+        for section in (
+            *(self.model, self.loss, self.train, self.parallel),
+            *(self.data, self.checkpoint, self.log),
+        ):
+            section.validate()

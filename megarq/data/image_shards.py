@@ -77,7 +77,7 @@ class BadSamples:
         if self.bad > self.max_rate * seen:
             raise DataError(
                 f"{self.bad} bad samples of {self.seen} seen, above the accepted rate of {self.max_rate} ({detail}). "
-                "Mend or remove them, or accept more with --max-bad-rate."
+                "Mend or remove them, or accept more (--max-bad-rate, or data.max_bad_rate of a run)."
             )
 
 

@@ -215,18 +215,21 @@ def validation_batches(
     """Every sample once, in order, the same in every call; each rank gets ceil(N / B) batches of B / world_size.
 
     The last global batch is filled up with samples of weight 0. Captions are encoded without dropout.
-    Raises: as CodeLoader.
+    Raises: as CodeLoader, at once.
     """
     share = check_share(global_batch_size, world_size)
     maker = SampleMaker(
         data, targets=targets, condition=condition, cond_length=cond_length, caption_encoder=caption_encoder, seed=seed
     )
     ends = np.cumsum(data.block_sizes)
-    for first in range(0, data.samples, global_batch_size):
+
+    def batch_from(first: int) -> CodeBatch:
         places = first + rank * share + np.arange(share)
         inside = np.minimum(places, data.samples - 1)
         block = np.searchsorted(ends, inside, side="right")
         row = inside - (ends[block] - data.block_sizes[block])
         batch = maker.make(block, row, None, LoaderState(0, min(first + global_batch_size, data.samples)))
         batch.weights = torch.from_numpy((places < data.samples).astype(np.float32))
-        yield batch
+        return batch
+
+    return map(batch_from, range(0, data.samples, global_batch_size))

@@ -181,14 +181,6 @@ class Trainer:
             metadata,
             self.plan.checkpoint.keep,
             self.groups.topology.rank,
-            gather_objects,
         )
         self.log.say(f"step {self.step}: checkpoint saved")
         self._speed.skip()
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in order of rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

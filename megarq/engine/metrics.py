@@ -50,7 +50,7 @@ class MetricsLog:
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step]
         write_atomically(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(run / "tensorboard", purge_step=start_step + 1 if start_step else None)
+        self._events = SummaryWriter(run / "tensorboard", purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line and the same scalars to TensorBoard."""

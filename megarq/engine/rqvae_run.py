@@ -59,6 +59,7 @@ def train_rqvae(session: Session, data: Sequence[str], validation: Sequence[str]
         world_size=topology.dp,
         seed=config.train.seed,
         workers=config.data.workers,
+        max_bad_rate=config.data.max_bad_rate,
     )
     batches = loader(expand_shards(data), config.data.transform, start=session.start)
     held_out = loader(expand_shards(validation), "center") if validation else None

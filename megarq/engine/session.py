@@ -17,12 +17,13 @@ from megarq.config.load import save_config
 from megarq.config.run import RQTransformerRunConfig, RQVAERunConfig
 from megarq.data.order import LoaderState
 from megarq.engine.build import build_engine
-from megarq.engine.loop import Batch, RunPlan, Task, Trainer, gather_objects
+from megarq.engine.loop import Batch, RunPlan, Task, Trainer
 from megarq.engine.metrics import MetricsLog, peak_tflops
 from megarq.engine.schedule import run_length
 from megarq.engine.state import EngineState
-from megarq.errors import CheckpointError, ConfigError
+from megarq.errors import ConfigError
 from megarq.files import write_atomically
+from megarq.parallel.together import together
 from megarq.parallel.topology import ProcessGroups, Topology
 
 RESOLVED = "config.resolved.yaml"
@@ -58,11 +59,11 @@ class Session:
         checkpoint = latest_checkpoint(run)
         if checkpoint is not None:
             _check_same_model(checkpoint, config, run)
-        _verify_together(checkpoint, topology)
-        if topology.rank == 0:
-            run.mkdir(parents=True, exist_ok=True)
-            save_config(config, run / RESOLVED)
-        return cls(config, ds, run, groups, device, checkpoint)
+            verify = checkpoint.verify
+            together(lambda: verify(topology.rank, topology.world_size))
+        session = cls(config, ds, run, groups, device, checkpoint)
+        session.keep_beside(lambda run: save_config(config, run / RESOLVED))
+        return session
 
     @property
     def start(self) -> LoaderState:
@@ -70,10 +71,14 @@ class Session:
         return LoaderState(**self.checkpoint.metadata["loader"]) if self.checkpoint else LoaderState()
 
     def keep_beside(self, copy: Callable[[Path], object]) -> None:
-        """Let rank 0 copy into the run's folder what an export will need, once."""
-        if self.groups.topology.rank == 0:
-            copy(self.run)
-        gather_objects(None)
+        """Let rank 0 write something into the run's folder; all ranks raise where it cannot (collective)."""
+
+        def on_rank_zero() -> None:
+            if self.groups.topology.rank == 0:
+                self.run.mkdir(parents=True, exist_ok=True)
+                copy(self.run)
+
+        together(on_rank_zero)
 
     def train(
         self,
@@ -118,11 +123,21 @@ class Session:
         )
         log = MetricsLog(self.run, topology.rank, step)
         log.say(self._opening(plan, step))
+        for change in self._changes():
+            log.say(f"changed since the checkpoint: {change}")
         try:
             Trainer(plan, engine, state, make_task(engine), self.groups, self.device, log, step).fit(batches)
         finally:
             log.close()
             engine.destroy()
+
+    def _changes(self) -> list[str]:
+        """Keys whose values differ from those that the checkpoint was saved with."""
+        if self.checkpoint is None:
+            return []
+        saved, ours = _flat(self.checkpoint.metadata["config"]), _flat(json.loads(json.dumps(asdict(self.config))))
+        keys = sorted(saved.keys() | ours.keys())
+        return [f"{key}: {saved.get(key)} -> {ours.get(key)}" for key in keys if saved.get(key) != ours.get(key)]
 
     def _opening(self, plan: RunPlan, step: int) -> str:
         topology, train = self.groups.topology, self.config.train
@@ -163,17 +178,12 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _verify_together(checkpoint: Checkpoint | None, topology: Topology) -> None:
-    """Each rank reads its share of the files; all raise the same CheckpointError where one is damaged (collective)."""
-    failure = None
-    if checkpoint is not None:
-        try:
-            checkpoint.verify(topology.rank, topology.world_size)
-        except CheckpointError as error:
-            failure = str(error)
-    for message in gather_objects(failure):
-        if message is not None:
-            raise CheckpointError(message)
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 1}} as {"train.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _check_same_model(checkpoint: Checkpoint, config: RQTransformerRunConfig | RQVAERunConfig, run: Path) -> None:

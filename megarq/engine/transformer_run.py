@@ -1,12 +1,13 @@
 """Stage 2: training the RQ-Transformer on code shards."""
 
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megarq.config.run import RQTransformerRunConfig
 from megarq.data.code_shards import CodeShards
-from megarq.data.loader import CodeLoader, validation_batches
+from megarq.data.loader import CodeBatch, CodeLoader, validation_batches
 from megarq.engine.session import Session, copy_once
 from megarq.engine.transformer_task import TransformerTask
 from megarq.errors import ConfigError, DataError
@@ -32,10 +33,10 @@ def train_transformer(
     assert isinstance(config, RQTransformerRunConfig)
     rqvae = load_rqvae(codes, session.device).requires_grad_(False)
     train_data, held_out = open_data(config, codes, validation, rqvae)
+    if session.checkpoint is not None:
+        train_data.check_fingerprint(session.checkpoint.metadata["rqvae_fingerprint"])
     tokenizer = open_tokenizer(config, tokenizer_file)
-    session.keep_beside(lambda run: save_rqvae(rqvae, run / "rqvae"))
-    if tokenizer_file is not None and tokenizer is not None:
-        session.keep_beside(lambda run: copy_once(tokenizer_file, run, f"tokenizer{tokenizer_file.suffix}"))
+    loader, held_out_batches = make_batches(session, train_data, held_out, tokenizer)
     module = RQTransformer(
         config.model,
         session.groups.tensor,
@@ -44,7 +45,29 @@ def train_transformer(
     )
     module.initialize(config.train.seed)
     module.load_codebook(rqvae.codebook_weights())
-    topology = session.groups.topology
+    session.keep_beside(lambda run: save_rqvae(rqvae, run / "rqvae"))
+    if tokenizer_file is not None and tokenizer is not None:
+        session.keep_beside(lambda run: copy_once(tokenizer_file, run, f"tokenizer{tokenizer_file.suffix}"))
+    task = partial(
+        TransformerTask,
+        config=config,
+        rqvae=rqvae,
+        tokenizer=tokenizer,
+        validation=held_out_batches,
+        groups=session.groups,
+        device=session.device,
+        sample_prompts=first_captions(held_out or train_data, config.log.sample_count),
+    )
+    trained_on = {"rqvae_fingerprint": fingerprint(rqvae)}
+    session.train(module, module.decayed, task, loader, loader.samples_per_epoch, flops_per_image, trained_on)
+
+
+def make_batches(
+    session: Session, train: CodeShards, held_out: CodeShards | None, tokenizer: TextTokenizer | None
+) -> tuple[CodeLoader, Callable[[], Iterator[CodeBatch]] | None]:
+    """Training batches, and what starts a pass over the held-out ones. Raises DataError where the shards lack any."""
+    config, topology = session.config, session.groups.topology
+    assert isinstance(config, RQTransformerRunConfig)
     options: dict[str, Any] = {
         "cond_length": config.model.cond_length,
         "condition": config.model.condition,
@@ -56,28 +79,26 @@ def train_transformer(
     }
     encode = partial(encode_caption, tokenizer, config.model.cond_length) if tokenizer else None
     loader = CodeLoader(
-        train_data,
+        train,
         caption_encoder=partial(encode, config.data.bpe_dropout) if encode else None,
         workers=config.data.workers,
         start=session.start,
         **options,
     )
-    held_out_batches = None
-    if held_out is not None:
-        held_out_batches = partial(
-            validation_batches, held_out, caption_encoder=partial(encode, 0.0) if encode else None, **options
-        )
-    task = partial(
-        TransformerTask,
-        config=config,
-        rqvae=rqvae,
-        tokenizer=tokenizer,
-        validation=held_out_batches,
-        groups=session.groups,
-        device=session.device,
-    )
-    trained_on = {"rqvae_fingerprint": fingerprint(rqvae)}
-    session.train(module, module.decayed, task, loader, loader.samples_per_epoch, flops_per_image, trained_on)
+    if held_out is None:
+        return loader, None
+    whole = partial(encode, 0.0) if encode else None
+    start_pass = partial(validation_batches, held_out, caption_encoder=whole, **options)
+    start_pass()  # what the shards lack is said now, not at the first validation
+    return loader, start_pass
+
+
+def first_captions(data: CodeShards, count: int) -> list[str]:
+    """A caption of each of the first samples that have one; none where the data have no captions."""
+    if data.captioned == 0:
+        return []
+    rows = range(min(count, int(data.block_sizes[0])))
+    return [captions[0] for row in rows if (captions := data.captions(0, row))]
 
 
 def encode_caption(tokenizer: TextTokenizer, length: int, dropout: float, caption: str, seed: int | None) -> list[int]:

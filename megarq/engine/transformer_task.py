@@ -3,7 +3,7 @@
 Shapes: b samples, L condition length, H x W positions, D depth, K codebook size, P tensor-parallel size.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -39,11 +39,16 @@ class TransformerTask:
         validation: Callable[[], Iterable[CodeBatch]] | None,
         groups: ProcessGroups,
         device: torch.device,
+        sample_prompts: Sequence[str] = (),
     ) -> None:
-        """`rqvae` is frozen, on `device`; `validation` starts a pass over this rank's share of the held-out samples."""
+        """`rqvae` is frozen, on `device`; `validation` starts a pass over this rank's share of the held-out samples.
+
+        `sample_prompts` are drawn where the configuration names none.
+        """
         self._engine, self._config, self._rqvae = engine, config, rqvae
         self._tokenizer, self._validation = tokenizer, validation
         self._groups, self._device = groups, device
+        self._sample_prompts = list(sample_prompts)
 
     def micro_batches(self, batch: CodeBatch, count: int) -> list[CodeBatch]:
         """Equal parts of a rank's share, in order."""
@@ -78,7 +83,7 @@ class TransformerTask:
         }
 
     def pictures(self) -> tuple[Tensor, str] | None:
-        """Pictures of the first held-out conditions, sampled with the configuration's settings."""
+        """Pictures of a few prompts or classes, sampled with the configuration's settings."""
         model = whole_transformer(self._engine, self._config.model, self._groups.tensor)
         cond, text = self._shown_conditions()
         sampling = self._config.sampling
@@ -118,7 +123,7 @@ class TransformerTask:
         if model.condition == "class":
             classes = torch.arange(count, device=self._device) % model.cond_vocab_size
             return classes.unsqueeze(1), ", ".join(map(str, classes.tolist()))
-        prompts = list(self._config.log.sample_prompts) or [""]
+        prompts = self._config.log.sample_prompts or self._sample_prompts or [""]
         prompts = [prompts[index % len(prompts)] for index in range(count)]
         assert self._tokenizer is not None
         tokens = [self._tokenizer.encode(prompt, model.cond_length) for prompt in prompts]

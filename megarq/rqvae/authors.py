@@ -1,4 +1,4 @@
-"""The authors' RQ-VAE checkpoints in our terms: `arch` of their config.yaml, and their state dict (DESIGN section 9).
+"""The authors' RQ-VAE checkpoints in our terms: `arch` of their config.yaml, and their state dict.
 
     arch: {type: rq-vae, hparams: {embed_dim, n_embed, latent_shape, code_shape, ...}, ddconfig: {ch, ch_mult, ...}}
     encoder.*, decoder.*, quant_conv.*, post_quant_conv.*     as ours
@@ -40,7 +40,7 @@ def config_from_authors(source: Mapping[str, Any]) -> RQVAEConfig:
         channels=_required(ddconfig, "arch.ddconfig.ch"),
         channel_multipliers=list(_required(ddconfig, "arch.ddconfig.ch_mult")),
         res_blocks=_required(ddconfig, "arch.ddconfig.num_res_blocks"),
-        attention_resolutions=list(_required(ddconfig, "arch.ddconfig.attn_resolutions")),
+        attention_resolutions=_attention_levels(ddconfig),
         latent_channels=_required(ddconfig, "arch.ddconfig.z_channels"),
         codebook_dim=_required(hparams, "arch.hparams.embed_dim"),
         codebook_size=sizes if isinstance(sizes, int) else max(sizes),
@@ -64,6 +64,14 @@ def config_from_authors(source: Mapping[str, Any]) -> RQVAEConfig:
             f"{config.channel_multipliers} give {list(config.code_shape)}. Mend config.yaml or use its own model.pt."
         )
     return config
+
+
+def _attention_levels(ddconfig: Mapping[str, Any]) -> list[int]:
+    """The resolutions with attention that some level has; their code ignores the others."""
+    levels = len(_required(ddconfig, "arch.ddconfig.ch_mult"))
+    present = [_required(ddconfig, "arch.ddconfig.resolution") // 2**level for level in range(levels)]
+    wanted = _required(ddconfig, "arch.ddconfig.attn_resolutions")
+    return [resolution for resolution in wanted if resolution in present]
 
 
 def state_from_authors(state: Mapping[str, Any], config: RQVAEConfig) -> dict[str, Tensor]:

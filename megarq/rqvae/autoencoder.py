@@ -1,4 +1,4 @@
-"""The convolutional encoder and decoder around the quantizer, after VQGAN (DESIGN section 3, "RQ-VAE").
+"""The convolutional encoder and decoder around the quantizer, after VQGAN (arXiv 2203.01941, section 3.1).
 
 Shapes: B batch, R resolution of the images, H and W of the code stack.
 """

@@ -1,4 +1,4 @@
-"""One codebook: search, and its moving averages over the latents of all ranks (DESIGN section 3, "RQ-VAE").
+"""One codebook: search, and its moving averages over the latents of all ranks (arXiv 2203.01941, section 3.1).
 
 Nothing here is trained by gradients: the weights are the moving averages of the vectors that chose them.
 

@@ -1,4 +1,4 @@
-"""The RQ-VAE's training loss, as named terms (DESIGN section 3, "RQ-VAE").
+"""The RQ-VAE's training loss, as named terms (arXiv 2203.01941, section 3.1).
 
 Shapes: B batch, R resolution.
 """

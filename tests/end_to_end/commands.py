@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
 from gloo_ranks import preload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,16 +55,30 @@ def typed(script: str, *arguments: object, ranks: int | None = None) -> str:
 
 def call(script: str, *arguments: object) -> Outcome:
     """Run a script in a fork of this process, as one rank alone."""
+    return _forks(script, arguments, [{}])[0]
+
+
+def call_ranks(script: str, *arguments: object, ranks: int) -> list[Outcome]:
+    """Run a script in one fork for each rank of a job, as torchrun starts them."""
+    job = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return _forks(script, arguments, [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)])
+
+
+def _forks(script: str, arguments: tuple[object, ...], places: list[dict[str, str]]) -> list[Outcome]:
     _preload_once()
+    outcomes = []
     with tempfile.TemporaryDirectory() as folder:
-        streams = Path(folder, "stdout"), Path(folder, "stderr")
-        fork = multiprocessing.get_context("fork").Process(target=_run, args=(script, arguments, streams))
-        fork.start()
-        fork.join(SECONDS_FOR_A_COMMAND)
-        if fork.is_alive():
+        streams = [(Path(folder, f"stdout{rank}"), Path(folder, f"stderr{rank}")) for rank in range(len(places))]
+        start = multiprocessing.get_context("fork").Process
+        forks = [start(target=_run, args=(script, arguments, *rank)) for rank in zip(streams, places, strict=True)]
+        for fork in forks:
+            fork.start()
+        for fork, written in zip(forks, streams, strict=True):
+            fork.join(SECONDS_FOR_A_COMMAND)
+            status = fork.exitcode
             fork.kill()
-            return Outcome(None, *(stream.read_text() for stream in streams))
-        return Outcome(fork.exitcode, *(stream.read_text() for stream in streams))
+            outcomes.append(Outcome(status, *(path.read_text() for path in written)))
+    return outcomes
 
 
 def succeed(script: str, *arguments: object) -> Outcome:
@@ -80,13 +93,13 @@ def _preload_once() -> None:
     preload()
 
 
-def _run(script: str, arguments: tuple[object, ...], streams: tuple[Path, Path]) -> None:
+def _run(script: str, arguments: tuple[object, ...], streams: tuple[Path, Path], place: dict[str, str]) -> None:
     """The fork: fresh streams, environment and log handlers, then the script's file."""
     for descriptor, (name, path) in enumerate(zip(("stdout", "stderr"), streams, strict=True), start=1):
         with path.open("wb") as file:
             os.dup2(file.fileno(), descriptor)
-        setattr(sys, name, open(descriptor, "w", buffering=1, encoding="utf-8", closefd=False))  # noqa: SIM115, PTH123
-    environment = _environment()
+        setattr(sys, name, open(descriptor, "w", buffering=1, encoding="utf-8", closefd=False))  # noqa: SIM115
+    environment = _environment() | place
     os.environ.clear()
     os.environ.update(environment)
     torch.cuda.is_available = lambda: False

@@ -1,9 +1,10 @@
 """The walk, once for the session: 48 small pictures through every command to an exported model.
 
-    pictures/, pictures.csv  ->  shards/  ->  tokenizer.json, tokenizer.model, rqvae/, codes/  ->  run/  ->  model/, grid.png
+    pictures/, pictures.csv  ->  shards/  ->  tokenizer.json, tokenizer.model, rqvae/, codes/
+                             ->  run/  ->  model/, grid.png
 
-The RQ-VAE trains on one process without a launcher, the RQ-Transformer on two ranks under DeepSpeed's, with what a large
-run uses: bf16, activation checkpointing, moving average. Tests read the walk's folders and copy what they change.
+The RQ-VAE trains on one process without a launcher, the RQ-Transformer on two ranks under DeepSpeed's, with what a
+large run uses: bf16, activation checkpointing, moving average. Tests read the walk's folders and copy what they change.
 """
 
 import csv
@@ -72,7 +73,7 @@ class Walk(NamedTuple):
 
     folder: Path
     said: dict[str, str]
-    """What each step printed."""
+    """What the making of the codes and the training on two ranks printed."""
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
@@ -120,21 +121,20 @@ def _picture(colour: str, shape: str, margin: int) -> Image.Image:
 def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
     """The whole walk, by the commands of the README."""
     made = Walk(tmp_path_factory.mktemp("walk"), {})
-    said = made.said
     draw(made.folder)
     for name, content in (("rqvae.yaml", RQVAE), ("rqtransformer.yaml", RQTRANSFORMER)):
         (made / name).write_text(yaml.safe_dump(content), encoding="utf-8")
     pictures = ("--images", made / "pictures", "--captions", made / "pictures.csv")
-    said["shards"] = typed("tools/make_shards.py", *pictures, "--output", made / "shards", "--samples-per-shard", 16)
+    typed("tools/make_shards.py", *pictures, "--output", made / "shards", "--samples-per-shard", 16)
     for name in ("tokenizer.json", "tokenizer.model"):
         wanted = ("--vocab-size", 64, "--output", made / name)
-        said[name] = typed("tools/train_text_tokenizer.py", "--data", made.shards, *wanted)
+        typed("tools/train_text_tokenizer.py", "--data", made.shards, *wanted)
     stage1 = ("--model", made / "rqvae.yaml", "--data", made.shards, "--validation-data", made / "shards" / "00002.tar")
-    said["rqvae"] = typed("megarq/train_rqvae.py", "--ds_config", "zero1.json", *stage1, "--output", made / "rqvae")
+    succeed("megarq/train_rqvae.py", "--ds_config", "zero1.json", *stage1, "--output", made / "rqvae")
     frozen = ("--rqvae", made / "rqvae", "--data", made.shards, "--transform", "none")
     codes = succeed("tools/pretokenize.py", *frozen, "--output", made / "codes", "--draws", 2, "--latents")
     stage2 = ("--ds_config", "zero3.json", *made.train, "--output", made / "run", *CHANGES)
-    said["run"] = typed("megarq/train.py", *stage2, ranks=2)
-    model = succeed("tools/export.py", made / "run", "--output", made / "model", "--weights", "ema")
-    grid = succeed("tools/sample.py", made / "model", *ASKED, "--seed", SEED, "--output", made / "grid.png")
-    return made._replace(said=said | {"codes": codes.printed, "model": model.printed, "grid": grid.printed})
+    run = typed("megarq/train.py", *stage2, ranks=2)
+    succeed("tools/export.py", made / "run", "--output", made / "model", "--weights", "ema")
+    succeed("tools/sample.py", made / "model", *ASKED, "--seed", SEED, "--output", made / "grid.png")
+    return made._replace(said={"codes": codes.printed, "run": run})

@@ -1,200 +1,459 @@
-"""What goes wrong stops with one clear sentence and exit status 2, before anything is damaged."""
+"""Everything a user can get wrong, through the real command lines: one clear error, exit status 2, no traceback."""
 
+import io
 import json
 import shutil
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.end_to_end.commands import Outcome, call
-from tests.end_to_end.conftest import Walk
-
-
-def refused(outcome: Outcome, *parts: str) -> None:
-    """The command ended with status 2 and one error message that holds all parts, and no traceback."""
-    assert outcome.status == 2, f"status {outcome.status}:\n{outcome.printed}\n{outcome.errors}"
-    assert "Traceback" not in outcome.errors
-    message = outcome.errors[outcome.errors.index("error: ") :]
-    assert all(part in message for part in parts), message
+from megarq.inference.pretrained import load_rqvae, save_rqvae
+from tests.end_to_end.commands import Outcome, call, call_ranks, succeed
+from tests.end_to_end.conftest import CHANGES, Walk
 
 
-def cut(path: Path, share: float = 0.5) -> None:
-    """Cut a file short."""
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * share)])
+def error_of(outcome: Outcome) -> str:
+    """The one message of a command that was refused."""
+    assert outcome.status == 2, f"ended with {outcome.status}:\n{outcome.printed}\n{outcome.errors}"
+    assert "Traceback" not in outcome.printed + outcome.errors
+    before, label, message = outcome.errors.rpartition("error: ")
+    assert label and "error: " not in before, outcome.errors
+    return message
 
 
-def altered(walk: Walk, folder: str, target: Path) -> Path:
-    """A copy of one of the walk's folders, to be damaged."""
-    shutil.copytree(walk / folder, target)
-    return target
+def refusal(script: str, *arguments: object) -> str:
+    return error_of(call(script, *arguments))
+
+
+def copy(source: Path, target: Path) -> Path:
+    """A copy of a folder, to be damaged."""
+    return shutil.copytree(source, target)
+
+
+def cut(path: Path, size: int) -> None:
+    """Truncate a file."""
+    with path.open("rb+") as file:
+        file.truncate(size)
+
+
+@pytest.fixture(scope="module")
+def train(walk: Walk, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """`train(*options)`: the message of an RQ-Transformer's training that is refused; later options win."""
+    new = tmp_path_factory.mktemp("refused") / "run"
+
+    def refused(*options: object) -> str:
+        return refusal("megarq/train.py", "--ds_config", "zero1.json", *walk.train, "--output", new, *options)
+
+    return refused
+
+
+@pytest.fixture(scope="module")
+def train_rqvae(walk: Walk, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """The same for an RQ-VAE."""
+    files = ("--model", walk / "rqvae.yaml", "--data", walk.shards)
+    new = tmp_path_factory.mktemp("refused") / "run"
+    return lambda *options: refusal("megarq/train_rqvae.py", *files, "--output", new, *options)
+
+
+@pytest.fixture
+def pretokenize(walk: Walk, tmp_path: Path) -> Callable[..., str]:
+    """The same for the encoding of image shards."""
+    given = ("--rqvae", walk / "rqvae", "--output", tmp_path / "refused", "--transform", "none")
+    return lambda *options: refusal("tools/pretokenize.py", *given, *options)
 
 
 @pytest.fixture(scope="module")
 def other_codes(walk: Walk, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The codes of another RQ-VAE of the same shape."""
+    """Codes of the same pictures and shape from another RQ-VAE, argmin alone."""
     folder = tmp_path_factory.mktemp("other")
-    stage1 = ("--model", walk / "rqvae.yaml", "--data", walk.shards, "train.steps=2", "train.seed=9")
-    assert call("megarq/train_rqvae.py", *stage1, "--output", folder / "rqvae").status == 0
-    frozen = ("--rqvae", folder / "rqvae", "--data", walk.shards, "--transform", "none", "--draws", 2)
-    assert call("tools/pretokenize.py", *frozen, "--output", folder / "codes").status == 0
+    rqvae = load_rqvae(walk / "rqvae")
+    with torch.no_grad():
+        rqvae.quant_conv.weight.mul_(1.25)
+    save_rqvae(rqvae, folder / "rqvae")
+    frozen = ("--rqvae", folder / "rqvae", "--data", walk.shards, "--transform", "none")
+    succeed("tools/pretokenize.py", *frozen, "--output", folder / "codes", "--draws", 0)
     return folder / "codes"
 
 
-@pytest.mark.parametrize(
-    ("change", "parts"),
-    [
-        ("model.heds=4", ("unknown key model.heds",)),
-        ("trian.lr=1e-3", ("unknown key trian", "train.lr")),
-        ("train.lr=fast", ("train.lr", "fast")),
-        ("model.dropout=1.5", ("model.dropout=1.5", "up to, but not including, 1")),
-        ("train.global_batch_size=0", ("train.global_batch_size=0", "above 0")),
-        ("train.micro_batch_size=5", ("train.micro_batch_size=5", "divisor of 16")),
-        ("parallel.tp=2", ("parallel.tp=2", "1 ranks")),
-        ("parallel.pp=2", ("parallel.pp=2",)),
-        ("model.body.heads=5", ("model.body.heads=5", "model.embed_dim=32")),
-        ("model.code_shape=[8,8,2]", ("(4, 4, 2)", "(8, 8, 2)", "model.code_shape")),
-        ("model.cond_vocab_size=40", ("model.cond_vocab_size is 40", "smaller tokenizer")),
-        ("objective.temperature=0.25", ("temperature 0.5", "objective.temperature=0.5")),
-        ("objective.targets=hard", ("objective.targets='hard'", "draws, argmin or soft")),
-        ("data.validation_shards=3", ("data.validation_shards=3", "Hold out fewer")),
-    ],
-)
-def test_a_wrong_value_of_a_key(walk: Walk, tmp_path: Path, change: str, parts: tuple[str, ...]):
-    refused(call("megarq/train.py", *walk.train, "--output", tmp_path / "run", change), *parts)
-    assert not (tmp_path / "run" / "checkpoints").exists()
+@pytest.fixture(scope="module")
+def class_model(walk: Walk, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported model of three classes."""
+    folder = tmp_path_factory.mktemp("class")
+    given = ("--model", walk / "rqtransformer.yaml", "--data", walk / "codes", "--output", folder / "run")
+    classes = ("model.cond_length=1", "model.cond_vocab_size=3", "train.steps=1", "log.sample_every=0")
+    succeed("megarq/train.py", "--ds_config", "zero1.json", *given, *classes)
+    succeed("tools/export.py", folder / "run", "--output", folder / "model")
+    return folder / "model"
+
+
+# Configuration
 
 
 @pytest.mark.parametrize(
-    ("ds", "parts"),
+    ("option", "parts"),
     [
-        ({"zero_optimisation": {"stage": 3}}, ("zero_optimisation", "zero_optimization")),
-        ({"zero_optimization": {"stage": 3, "overlap_com": True}}, ("zero_optimization.overlap_com", "overlap_comm")),
-        ({"train_batch_size": 7}, ("train_batch_size=7", "train.global_batch_size", "16")),
-        ({"bf16": {"enabled": True}}, ("bf16.enabled", "train.precision")),
-        ({"fp16": {"enabled": True}}, ("fp16", "train.precision")),
+        ("model.embed_dmi=64", ["unknown key model.embed_dmi (command line)", "Did you mean model.embed_dim?"]),
+        ("train.lr=fast", ["train.lr=fast (command line)", "expected a number"]),
+        ("train.precision=fp8", ["train.precision='fp8'", "use bf16 or fp32"]),
+        ("train.micro_batch_size=5", ["train.micro_batch_size=5", "does not divide", "Use a divisor of 16"]),
+        ("parallel.tp=2", ["parallel.tp=2", "does not divide the 1 ranks", "Start a multiple of 2 ranks"]),
+        ("parallel.pp=2", ["parallel.pp=2", "does not divide the 1 ranks"]),
+        ("model.body.heads=3", ["model.body.heads=3 does not divide model.embed_dim=32", "Choose a divisor"]),
+        ("model.code_shape=[2,2,2]", ["codes of shape (4, 4, 2)", "expects (2, 2, 2)", "Choose the model that fits"]),
+        ("model.codebook_size=64", ["codebooks of (32, 32)", "(64, 64)", "pretokenize with its RQ-VAE"]),
+        ("model.codebook_dim=16", ["the RQ-VAE's codebook is [32, 8], the model's [32, 16]", "set model.codebook"]),
+        ("model.cond_vocab_size=20", ["has 48 tokens, model.cond_vocab_size is 20", "Set model.cond_vocab_size=48"]),
+        ("objective.temperature=0.7", ["drawn at temperature 0.5", "is 0.7", "Set objective.temperature=0.5"]),
+        ("objective.targets=best", ["objective.targets='best'", "use draws, argmin or soft"]),
+        ("data.validation_shards=3", ["data.validation_shards=3", "has 3 shards", "Hold out fewer"]),
     ],
 )
-def test_a_wrong_key_or_contradiction_in_ds_config(walk: Walk, tmp_path: Path, ds: dict, parts: tuple[str, ...]):
-    (tmp_path / "ds.json").write_text(json.dumps(ds))
-    options = ("--ds_config", tmp_path / "ds.json", "--output", tmp_path / "run")
-    refused(call("megarq/train.py", *walk.train, *options), *parts)
+def test_an_option_that_cannot_be_run_is_refused(train, option, parts):
+    message = train(option)
+    assert all(part in message for part in parts), message
 
 
-def test_a_misspelt_model_and_one_of_the_other_stage(tmp_path: Path):
-    options = ("--data", "x", "--output", tmp_path / "run")
-    refused(call("megarq/train.py", "--model", "cc3m-645m", *options), "cc3m-645m", "Did you mean cc3m-654m?")
-    refused(call("megarq/train.py", "--model", "rqvae-demo", *options), "rq-vae", "train.py")
+def test_an_unknown_key_in_a_model_file_is_refused(walk, train, tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_text((walk / "rqtransformer.yaml").read_text().replace("embed_dim", "embeding_dim"))
+    message = train("--model", path)
+    assert f"unknown key model.embeding_dim ({path}). Did you mean model.embed_dim?" in message
 
 
-def test_a_missing_image_shard(walk: Walk, tmp_path: Path):
-    options = ("--rqvae", walk / "rqvae", "--data", str(walk / "shards" / "{00000..00007}.tar"))
-    refused(call("tools/pretokenize.py", *options, "--output", tmp_path / "codes"), "missing shard", "00003.tar")
-
-
-def test_a_truncated_image_tar(walk: Walk, tmp_path: Path):
-    shards = altered(walk, "shards", tmp_path / "shards")
-    cut(shards / "00001.tar")
-    options = ("--rqvae", walk / "rqvae", "--data", shards / "*.tar", "--transform", "none")
-    refused(call("tools/pretokenize.py", *options, "--output", tmp_path / "codes"), "00001.tar")
-    assert not (tmp_path / "codes" / "manifest.json").exists()
+def test_a_misspelt_model_name_is_answered_with_the_nearest(train):
+    message = train("--model", "t2i-3.8b")
+    assert "t2i-3.8b: no such file" in message and "Did you mean t2i-3.9b?" in message
 
 
 @pytest.mark.parametrize(
-    ("damage", "parts"),
+    ("content", "parts"),
     [
-        (lambda codes: (codes / "000001.tar").unlink(), ("000001.tar",)),
-        (lambda codes: cut(codes / "000001.tar"), ("000001.tar", "bytes")),
-        (lambda codes: (codes / "manifest.json").unlink(), ("manifest.json", "pretokenize")),
-        (lambda codes: cut(codes / "manifest.json"), ("manifest.json",)),
-        (lambda codes: cut(codes / "rqvae.safetensors"), ("rqvae.safetensors",)),
+        ({"zero_optimisation": {"stage": 1}}, ["unknown key zero_optimisation", "Did you mean zero_optimization?"]),
+        ({"zero_optimization": {"stagee": 1}}, ["unknown key zero_optimization.stagee", ".stage?"]),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"devise": "cpu"}}},
+            ["unknown key zero_optimization.offload_optimizer.devise", "device?"],
+        ),
+        ({"train_batch_size": 99}, ["ds_config says train_batch_size=99", "train.global_batch_size gives 16"]),
+        ({"bf16": {"enabled": True}}, ["ds_config says bf16.enabled=true", "gives false", '"auto"']),
+        ({"gradient_clipping": 0.25}, ["gradient_clipping=0.25", "train.clip gives 1.0", "Change one of them"]),
+        ({"optimizer": {"type": "Lamb"}}, ["optimizer.type='Lamb'", "trains with AdamW", "Remove the section"]),
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler is not taken from ds_config", "Use train.schedule"]),
     ],
-    ids=["missing shard", "truncated shard", "missing manifest", "truncated manifest", "truncated RQ-VAE"],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_damaged_codes(walk: Walk, tmp_path: Path, damage, parts: tuple[str, ...]):
-    codes = altered(walk, "codes", tmp_path / "codes")
-    damage(codes)
-    options = ("--model", walk / "rqtransformer.yaml", "--data", codes, "--tokenizer", walk / "tokenizer.json")
-    refused(call("megarq/train.py", *options, "--output", tmp_path / "run"), *parts)
+def test_a_ds_config_that_cannot_be_run_is_refused(train, tmp_path, content, parts):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    message = train("--ds_config", path)
+    assert all(part.replace(".stage?", "stage?") in message for part in parts), message
 
 
-def test_codes_of_another_rqvae_for_validation_and_for_a_run_that_goes_on(
-    walk: Walk, tmp_path: Path, other_codes: Path
-):
-    options = ("--output", tmp_path / "new", "--validation-data", other_codes)
-    refused(call("megarq/train.py", *walk.train, *options), "codes of the RQ-VAE", "other pictures")
-    run = altered(walk, "run", tmp_path / "run")
-    codes = ("--data", other_codes, "--output", run, "train.steps=6")
-    refused(call("megarq/train.py", *walk.train, *codes), "RQ-VAE")
+def test_pipelines_with_zero_3_are_refused_with_what_to_use(walk, tmp_path):
+    options = ("--ds_config", "zero3.json", *walk.train, "--output", tmp_path / "run", "parallel.pp=2")
+    outcomes = call_ranks("megarq/train.py", *options, ranks=2)
+    message = error_of(outcomes[0])
+    assert "parallel.pp=2 with ZeRO stage 3: DeepSpeed pipelines allow stages 0 and 1." in message
+    assert "Use --ds_config zero1.json or parallel.pp=1." in message
 
 
-def test_a_run_whose_rqvae_was_swapped_is_not_exported(walk: Walk, tmp_path: Path, other_codes: Path):
-    run = altered(walk, "run", tmp_path / "run")
+def test_heads_that_tensor_parallelism_does_not_divide_are_refused(walk, tmp_path):
+    options = ("--ds_config", "zero1.json", *walk.train, "--output", tmp_path / "run", "parallel.tp=2")
+    outcomes = call_ranks("megarq/train.py", *options, "model.body.heads=1", ranks=2)
+    assert "1 attention heads over parallel.tp=2: choose a tp that divides them" in error_of(outcomes[0])
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused_by_rank_0_alone(walk, tmp_path):
+    options = ("--ds_config", "zero1.json", *walk.train, "--output", tmp_path / "run", "train.global_batch_size=15")
+    first, second = call_ranks("megarq/train.py", *options, ranks=2)
+    message = error_of(first)
+    assert "train.global_batch_size=15 is not divisible by the 2 data-parallel ranks. Use a multiple of 2." in message
+    assert (second.status, second.errors) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--ds_config", "zero3.json"], ["ZeRO stage 3 for an RQ-VAE", "Use --ds_config zero1.json or zero2.json"]),
+        (["loss.perceptual_weight=1"], ["loss.perceptual_weight=1", "Set loss.perceptual_weight=0"]),
+        (["loss.adversarial_weight=0.75"], ["loss.adversarial_weight=0.75", "loss.adversarial_weight=0"]),
+        (["data.transform=centre"], ["unknown transform 'centre'", "Use one of"]),
+        (["model.resolution=18"], ["model.resolution=18", "Use a multiple of 4"]),
+    ],
+)
+def test_an_rqvae_that_cannot_be_trained_is_refused(train_rqvae, options, parts):
+    message = train_rqvae(*options)
+    assert all(part in message for part in parts), message
+
+
+# Image shards
+
+
+def test_a_missing_image_shard_stops_every_reader(walk, train_rqvae, pretokenize, tmp_path):
+    pattern = str(walk / "shards" / "{00000..00003}.tar")
+    for message in (
+        train_rqvae("--data", pattern),
+        pretokenize("--data", pattern),
+        refusal("tools/train_text_tokenizer.py", "--data", pattern, "--output", tmp_path / "t.json"),
+    ):
+        assert f"missing shard '{walk / 'shards' / '00003.tar'}'" in message
+        assert "Check the path" in message
+
+
+@pytest.mark.parametrize("size", [5000, 10240])
+def test_a_truncated_image_tar_stops_with_its_name(walk, train_rqvae, pretokenize, tmp_path, size):
+    shards = copy(walk / "shards", tmp_path / "shards")
+    assert size < (shards / "00001.tar").stat().st_size
+    cut(shards / "00001.tar", size)
+    for message in (train_rqvae("--data", shards), pretokenize("--data", shards)):
+        assert str(shards / "00001.tar") in message and "Copy or make it again" in message
+
+
+def test_more_bad_pictures_than_accepted_stop_the_encoding(walk, pretokenize, tmp_path):
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        for name in ("a.png", "b.png"):
+            info = tarfile.TarInfo(name)
+            info.size = 20
+            tar.addfile(info, io.BytesIO(b"no picture at all..."))
+    message = pretokenize("--data", walk.shards, tmp_path / "bad.tar")
+    assert "2 bad samples of 50 seen, above the accepted rate of 0.01" in message and "--max-bad-rate" in message
+
+
+# Code shards
+
+
+@pytest.fixture
+def codes(walk: Walk, tmp_path: Path) -> Path:
+    """A copy of the code shards, to be damaged."""
+    return copy(walk / "codes", tmp_path / "codes")
+
+
+def test_a_truncated_code_shard_is_refused(train, codes):
+    size = (codes / "000001.tar").stat().st_size
+    cut(codes / "000001.tar", size - 1000)
+    message = train("--data", codes)
+    assert f"code shard {codes / '000001.tar'} has {size - 1000} bytes, the manifest says {size}" in message
+    assert "Copy it again" in message
+
+
+def test_a_missing_code_shard_is_refused(train, codes):
+    (codes / "000001.tar").unlink()
+    message = train("--data", codes)
+    assert f"missing code shard {codes / '000001.tar'}" in message and "tools/pretokenize.py" in message
+
+
+def test_a_missing_manifest_is_refused(train, codes):
+    (codes / "manifest.json").unlink()
+    message = train("--data", codes)
+    assert f"{codes} holds no manifest.json" in message and "tools/pretokenize.py" in message
+
+
+def test_a_code_folder_with_another_rqvae_inside_is_refused(train, codes, other_codes):
     for name in ("config.json", "rqvae.safetensors"):
-        shutil.copyfile(other_codes / name, run / "rqvae" / name)
-    refused(call("tools/export.py", run, "--output", tmp_path / "model"), "RQ-VAE", "trained on")
-    assert not (tmp_path / "model").exists()
+        shutil.copy(other_codes / name, codes / name)
+    assert f"{codes} holds codes of the RQ-VAE" in train("--data", codes)
 
 
-def test_draws_or_latents_that_are_not_there(walk: Walk, tmp_path: Path, other_codes: Path):
-    options = ("--data", other_codes, "--output", tmp_path / "run", "objective.targets=soft")
-    refused(call("megarq/train.py", *walk.train, *options), "latents", "objective.targets=draws")
+def test_a_code_folder_with_the_weights_of_another_rqvae_is_refused(train, codes, other_codes):
+    shutil.copy(other_codes / "rqvae.safetensors", codes / "rqvae.safetensors")
+    assert "rqvae.safetensors has the fingerprint" in train("--data", codes)
 
 
-def test_captions_without_a_tokenizer_and_a_damaged_one(walk: Walk, tmp_path: Path):
-    options = ("--model", walk / "rqtransformer.yaml", "--data", walk / "codes", "--output", tmp_path / "run")
-    refused(call("megarq/train.py", *options), "give --tokenizer")
-    shutil.copyfile(walk / "tokenizer.json", tmp_path / "tokenizer.json")
-    cut(tmp_path / "tokenizer.json")
-    refused(call("megarq/train.py", *options, "--tokenizer", tmp_path / "tokenizer.json"), "tokenizer.json")
+def test_a_run_does_not_go_on_with_codes_of_another_rqvae(walk, train, other_codes, tmp_path):
+    run = copy(walk / "run", tmp_path / "run")
+    argmin = ("objective.targets=argmin", *CHANGES, "train.steps=6")
+    message = train("--data", other_codes, "--output", run, *argmin)
+    assert f"{other_codes} holds codes of the RQ-VAE" in message and "Pretokenize with this RQ-VAE" in message
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda step: cut(step / "rank-00001.safetensors"),
-        lambda step: (step / "rank-00000.safetensors").unlink(),
-        lambda step: (step / "metadata.json").unlink(),
-    ],
-    ids=["cut short", "missing file", "unfinished"],
-)
-def test_a_damaged_checkpoint_is_neither_resumed_nor_exported(walk: Walk, tmp_path: Path, damage):
-    run = altered(walk, "run", tmp_path / "run")
-    damage(run / "checkpoints" / "step-00000004")
-    refused(call("megarq/train.py", *walk.train, "--output", run, "train.steps=6"), "step-00000004")
-    refused(call("tools/export.py", run, "--output", tmp_path / "model"), "step-00000004")
+def test_validation_data_of_another_rqvae_are_refused(train, other_codes):
+    message = train("--validation-data", other_codes, "data.validation_shards=0", "objective.targets=argmin")
+    assert f"{other_codes} holds codes of the RQ-VAE" in message and "Pretokenize with this RQ-VAE" in message
 
 
-def test_a_folder_that_holds_a_run_of_another_model(walk: Walk, tmp_path: Path):
-    run = altered(walk, "run", tmp_path / "run")
-    changed = call("megarq/train.py", *walk.train, "--output", run, "model.body.layers=2")
-    refused(changed, "model.body", "Give another --output")
+def test_encoding_into_a_folder_of_another_rqvae_is_refused(walk, other_codes, tmp_path):
+    folder = copy(other_codes, tmp_path / "codes")
+    frozen = ("--rqvae", walk / "rqvae", "--data", walk.shards, "--transform", "none", "--draws", 0)
+    message = refusal("tools/pretokenize.py", *frozen, "--output", folder)
+    assert "was begun with fingerprint=" in message and "another --output" in message
+
+
+def test_draws_that_are_not_stored_are_missed(train, other_codes):
+    message = train("--data", other_codes, "objective.targets=draws")
+    assert "objective.targets=draws" in message and "Set objective.targets=argmin" in message
+
+
+def test_latents_that_are_not_stored_are_missed(train, other_codes):
+    message = train("--data", other_codes, "objective.targets=soft")
+    assert "holds no latents" in message and "Pretokenize with --latents" in message
+
+
+def test_latents_that_validation_data_lack_are_missed_before_training(walk, train, codes, tmp_path):
+    shutil.rmtree(codes)
+    frozen = ("--rqvae", walk / "rqvae", "--data", walk.shards, "--transform", "none", "--draws", 1)
+    succeed("tools/pretokenize.py", *frozen, "--output", codes)
+    message = train("--validation-data", codes, "objective.targets=soft", "--output", tmp_path / "run")
+    assert f"{codes} holds no latents" in message
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_refused_command_leaves_nothing_in_the_way_of_the_right_one(walk, train, other_codes, tmp_path):
+    run = tmp_path / "run"
+    assert "Pretokenize with --latents" in train("--data", other_codes, "--output", run, "objective.targets=soft")
+    right = ("--ds_config", "zero1.json", *walk.train, "--output", run, "objective.targets=soft", "train.steps=1")
+    succeed("megarq/train.py", *right)
+
+
+def test_classes_that_the_model_does_not_have_are_refused(train):
+    message = train("model.cond_length=1", "model.cond_vocab_size=2")
+    assert "holds class 2, the model has 2 classes" in message and "Set model.cond_vocab_size" in message
+
+
+# Tokenizers
+
+
+def test_a_model_of_captions_needs_a_tokenizer(walk, tmp_path):
+    given = ("--model", walk / "rqtransformer.yaml", "--data", walk / "codes", "--output", tmp_path / "run")
+    assert "give --tokenizer tokenizer.json or tokenizer.model" in refusal("megarq/train.py", *given)
+
+
+def test_a_tokenizer_that_is_not_there_is_refused(train, tmp_path):
+    message = train("--tokenizer", tmp_path / "tokenizer.json")
+    assert "no such tokenizer file. Train one with tools/train_text_tokenizer.py" in message
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer(walk, train, tmp_path):
+    run = copy(walk / "run", tmp_path / "run")
+    other = tmp_path / "tokenizer.json"
+    succeed("tools/train_text_tokenizer.py", "--data", walk.shards, "--vocab-size", 40, "--output", other)
+    message = train("--tokenizer", other, "--output", run, *CHANGES)
+    assert f"{run / 'tokenizer.json'} differs from {other}" in message
+
+
+# Runs, checkpoints, export
+
+
+@pytest.fixture
+def run(walk: Walk, tmp_path: Path) -> Path:
+    """A copy of the run, to be damaged."""
+    return copy(walk / "run", tmp_path / "run")
+
+
+def resume(train: Callable[..., str], run: Path) -> str:
+    return train("--output", run, *CHANGES, "train.steps=6")
+
+
+def export(run: Path) -> str:
+    message = refusal("tools/export.py", run, "--output", run.with_name("model"))
+    assert not run.with_name("model").exists()
+    return message
+
+
+def test_a_checkpoint_cut_short_is_neither_resumed_nor_exported(train, run):
+    file = run / "checkpoints" / "step-00000004" / "rank-00001.safetensors"
+    cut(file, file.stat().st_size - 100)
+    for message in (resume(train, run), export(run)):
+        assert f"{file} has {file.stat().st_size} bytes, " in message and "the checkpoint is damaged" in message
+
+
+def test_a_checkpoint_with_a_file_missing_is_neither_resumed_nor_exported(train, run):
+    file = run / "checkpoints" / "step-00000004" / "rank-00001.safetensors"
+    file.unlink()
+    for message in (resume(train, run), export(run)):
+        assert f"{file} is missing" in message and "the checkpoint is damaged" in message
+
+
+def test_a_checkpoint_never_finished_is_neither_resumed_nor_exported(train, run):
+    (run / "checkpoints" / "step-00000004" / "metadata.json").unlink()
+    for message in (resume(train, run), export(run)):
+        assert "step-00000004 has no metadata.json" in message and "Use another step's folder" in message
+
+
+def test_a_checkpoint_with_a_changed_byte_is_not_resumed(train, run):
+    file = run / "checkpoints" / "step-00000004" / "rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert f"{file} has the sha256" in resume(train, run)
+
+
+def test_the_folder_of_a_run_of_another_model_is_refused(train, run):
+    message = train("--output", run, "model.embed_dim=64")
+    assert f"--output {run} holds a run with model.embed_dim=32, this one has 64" in message
+    assert "Give another --output" in message
+
+
+def test_the_folder_of_a_run_of_another_network_is_refused(walk, train, tmp_path):
+    run = copy(walk / "rqvae", tmp_path / "rqvae")
+    message = train("--output", run)
+    assert f"--output {run} holds a run of an rq-vae" in message and "Give another --output" in message
+
+
+def test_a_run_with_another_rqvae_inside_is_not_exported(run, other_codes):
+    for name in ("config.json", "rqvae.safetensors"):
+        shutil.copy(other_codes / name, run / "rqvae" / name)
+    message = export(run)
+    assert f"{run / 'rqvae'} is the RQ-VAE" in message and "Put the RQ-VAE of its code shards there" in message
+
+
+def test_a_step_that_was_not_kept_is_not_exported(walk, tmp_path):
+    message = refusal("tools/export.py", walk / "run", "--step", 3, "--output", tmp_path / "model")
+    assert "the run keeps step-00000002, step-00000004" in message
+
+
+def test_a_moving_average_that_was_not_kept_is_not_exported(walk, tmp_path):
+    message = refusal("tools/export.py", walk / "rqvae", "--weights", "ema", "--output", tmp_path / "model")
+    assert "keeps no moving average" in message and "use --weights param" in message
+
+
+def test_a_folder_of_other_files_is_not_overwritten_by_an_export(walk, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    message = refusal("tools/export.py", walk / "run", "--output", tmp_path)
+    assert "already holds notes.txt" in message and "give --output another folder" in message
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+# Pictures
 
 
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (("loss.perceptual_weight=1",), ("loss.perceptual_weight=1",)),
-        (("loss.adversarial_weight=0.75",), ("loss.adversarial_weight=0.75",)),
-        (("--ds_config", "zero3.json"), ("stage 3", "zero1.json")),
-        (("parallel.pp=2",), ("parallel.pp=2",)),
+        (["--prompt", "a red disc"], ["prompts given", "classes (--class)"]),
+        (["--class", "3"], ["class=3", "this model knows classes 0 to 2"]),
+        ([], ["neither prompts nor classes given", "asked with classes (--class)"]),
     ],
 )
-def test_what_stage_1_does_not_do(walk: Walk, tmp_path: Path, options: tuple[str, ...], parts: tuple[str, ...]):
-    stage1 = ("--model", walk / "rqvae.yaml", "--data", walk.shards, "--output", tmp_path / "rqvae")
-    refused(call("megarq/train_rqvae.py", *stage1, *options), *parts)
+def test_a_model_of_classes_is_asked_for_its_classes(class_model, tmp_path, options, parts):
+    message = refusal("tools/sample.py", class_model, *options, "--output", tmp_path / "grid.png")
+    assert all(part in message for part in parts), message
 
 
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (("--class", "1"), ("classes", "--prompt")),
-        (("--prompt", ""), ("prompt ''",)),
-        (("--prompt", "a disc", "--top-k", "0"), ("top_k=0",)),
-        (("--prompt", "a disc", "--top-p", "1.5"), ("top_p=1.5",)),
-        (("--prompt", "a disc", "--temperature", "nan"), ("temperature=nan",)),
-        (("--prompt", "a disc", "--top-k", "4,4,4"), ("3 values for 2 depths",)),
+        (["--class", "1"], ["classes given", "prompts (--prompt)"]),
+        (["--prompt", "x", "--top-k", "0"], ["top_k=0"]),
+        (["--prompt", "x", "--top-p", "1.5"], ["top_p=1.5"]),
+        (["--prompt", "x", "--temperature", "1,1,1"], ["3", "2"]),
+        (["--prompt", "x", "--output", "grid.jpg"], ["--output grid.jpg", "ends in .png"]),
     ],
 )
-def test_what_a_model_cannot_be_asked_for(walk: Walk, tmp_path: Path, options: tuple[str, ...], parts):
-    refused(call("tools/sample.py", walk / "model", *options, "--output", tmp_path / "grid.png"), *parts)
+def test_a_model_of_captions_refuses_what_it_cannot_draw(walk, tmp_path, options, parts):
+    message = refusal("tools/sample.py", walk / "model", "--output", tmp_path / "grid.png", *options)
+    assert all(part in message for part in parts), message
+
+
+def test_an_exported_model_cut_short_draws_nothing(walk, tmp_path):
+    model = copy(walk / "model", tmp_path / "model")
+    cut(model / "model.safetensors", 5000)
+    message = refusal("tools/sample.py", model, "--prompt", "x", "--output", tmp_path / "grid.png")
+    assert f"{model / 'model.safetensors'} cannot be read" in message and "Copy or export the folder again" in message
+
+
+def test_a_run_is_not_an_exported_model(walk, tmp_path):
+    message = refusal("tools/sample.py", walk / "run", "--prompt", "x", "--output", tmp_path / "grid.png")
+    assert "is not an exported model. Make one with tools/export.py" in message

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from megarq import ImageGenerator, cli
 from megarq.data.code_shards import CodeShards
 from megarq.errors import MegarqError
+from megarq.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 DRAWS, TEMPERATURE = 8, 0.01
@@ -87,7 +88,7 @@ def run_step(number: int, count: int, name: str, command: list[str]) -> float:
 
 def prompts() -> tuple[list[str], list[int]]:
     """Prompts with digits and wordings in balance, and the digit that each asks for."""
-    pairs = [(number % 10, number // 10 % len(WORDINGS)) for number in range(PICTURES)]
+    pairs = [(number % 10, (number // 10 + number) % len(WORDINGS)) for number in range(PICTURES)]
     return [caption(digit, wording) for digit, wording in pairs], [digit for digit, _ in pairs]
 
 
@@ -202,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     seconds["judge"] = time.monotonic() - start
     report["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     report["machine"] = machine()
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_atomically(output / "report.json", json.dumps(report, indent=2) + "\n")
     show(report, shown)
 
 

@@ -83,7 +83,7 @@ def test_names_are_those_of_a_kind(tmp_path):
 
 
 def test_an_unknown_tensor_is_refused(step):
-    with pytest.raises(CheckpointError, match="holds no param of foreign: it is a checkpoint of another model"):
+    with pytest.raises(CheckpointError, match="holds no param of foreign: use a checkpoint of this model"):
         Checkpoint.open(step).tensor("foreign")
 
 

@@ -126,11 +126,11 @@ def test_every_rank_writes_its_file_and_rank_0_publishes(tmp_path):
     whole = torch.arange(8.0).reshape(2, 4)
     pieces = [{"param/w": (Fragment((2, 4), start=4 * rank), whole[rank])} for rank in range(2)]
 
-    def gather(value: object) -> list:
-        if value is None:
-            return [None, None]
+    def gather(outcome: tuple[object, None]) -> list:
+        if outcome == (None, None):
+            return [outcome, outcome]
         temporary = tmp_path / "checkpoints" / ".step-00000001.tmp"
-        return [value, write_rank_file(temporary, 1, pieces[1])]
+        return [outcome, (write_rank_file(temporary, 1, pieces[1]), None)]
 
     publish_checkpoint(tmp_path, 1, pieces[0], {}, 0, 0, gather)
     checkpoint = checkpoint_at(tmp_path)

@@ -99,7 +99,8 @@ def test_an_error_is_printed_without_traceback(monkeypatch, capsys):
 
 
 def test_a_configuration_error_is_printed_by_rank_0_alone(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.argv", ["train.py", *COMPLETE, "trian.lr=1"])
     assert cli.run(train.main) == 2
     assert capsys.readouterr().err == ""

@@ -1,0 +1,39 @@
+"""Doing a thing on all ranks such that nobody waits for a rank that failed."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megarq.errors import MegarqError
+
+T = TypeVar("T")
+Gather = Callable[[Any], list[Any]]
+"""An all-gather of a Python object: every rank's value, in order of rank. Also a barrier."""
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in order of rank (collective)."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(action: Callable[[], T], gather: Gather = gather_objects) -> list[T]:
+    """Run `action` on every rank and return all results; where it fails on any rank, raise on all (collective).
+
+    The rank that failed raises its own MegarqError or OSError, the others a MegarqError that quotes it.
+    """
+    result: T | None = None
+    failure: Exception | None = None
+    try:
+        result = action()
+    except (MegarqError, OSError) as error:
+        failure = error
+    outcomes = gather((result, None if failure is None else str(failure)))
+    if failure is not None:
+        raise failure
+    for rank, (_, message) in enumerate(outcomes):
+        if message is not None:
+            raise MegarqError(f"rank {rank} failed, so this one stops too: {message}")
+    return [result for result, _ in outcomes]
