@@ -8,20 +8,15 @@ A run goes on from its newest checkpoint when --output holds one.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megarq import cli
-from megarq.config.deepspeed import read_ds_config
 from megarq.config.load import load_config
-from megarq.config.names import CONFIGS, resolve_name
 from megarq.config.run import RQTransformerRunConfig
-from megarq.engine.session import Session, resolve_and_place
+from megarq.engine.start import joined_session
 from megarq.engine.transformer_run import train_transformer
-from megarq.launch.environment import read_environment
-from megarq.launch.process_group import joined, rank_device
 from megarq.planning.flops import training_flops
 
 
@@ -31,16 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.require(args, parser(), model="t2i-3.9b", data="CODES", output="RUN")
     config = load_config(args.model, args.overrides, "rq-transformer")
     assert isinstance(config, RQTransformerRunConfig)
-    environment = read_environment(os.environ)
-    ds, topology = resolve_and_place(
-        config,
-        read_ds_config(resolve_name(args.ds_config, CONFIGS / "deepspeed", ".json")),
-        environment.world_size,
-        environment.rank,
-    )
-    device = rank_device(environment)
-    with joined(environment, device):
-        session = Session.open(config, ds, topology, Path(args.output), device)
+    with joined_session(config, args.ds_config, args.output) as session:
         train_transformer(
             session,
             Path(args.data),

@@ -8,21 +8,16 @@ A run goes on from its newest checkpoint when --output holds one.
 """
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
 from megarq import cli
-from megarq.config.deepspeed import read_ds_config, zero_stage
 from megarq.config.load import load_config
-from megarq.config.names import CONFIGS, resolve_name
 from megarq.config.run import RQVAERunConfig
 from megarq.engine.rqvae_run import check_rqvae_run, train_rqvae
-from megarq.engine.session import Session, resolve_and_place
-from megarq.launch.environment import read_environment
-from megarq.launch.process_group import joined, rank_device
+from megarq.engine.start import joined_session
 from megarq.planning.flops import rqvae_training_flops
 
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
@@ -38,17 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.require(args, parser(), model="rqvae-8x8x4", data="'shards/*.tar'", output="RUN")
     config = load_config(args.model, args.overrides, "rq-vae")
     assert isinstance(config, RQVAERunConfig)
-    environment = read_environment(os.environ)
-    ds, topology = resolve_and_place(
-        config,
-        read_ds_config(resolve_name(args.ds_config, CONFIGS / "deepspeed", ".json")),
-        environment.world_size,
-        environment.rank,
-    )
-    check_rqvae_run(config, zero_stage(ds))
-    device = rank_device(environment)
-    with joined(environment, device):
-        session = Session.open(config, ds, topology, Path(args.output), device)
+    with joined_session(config, args.ds_config, args.output, partial(check_rqvae_run, config)) as session:
         train_rqvae(session, args.data, args.validation_data, rqvae_training_flops(config.model))
 
 

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     logging.basicConfig(format="%(message)s")
     if not args.images.is_dir():
-        raise DataError(f"--images {args.images} is no folder.")
+        raise DataError(f"--images {args.images} is no folder. Give the folder of the pictures.")
     if args.captions and args.class_folders:
         raise DataError(
             "--captions with --class-folders: put the classes into the column `label` of the table instead."

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if Path(options.output).suffix.lower() != ".png":
         raise ConfigError(f"--output {options.output}: give a name that ends in .png.")
     if options.batch_size < 1 or options.count < 1:
-        raise ConfigError(f"--count {options.count}, --batch-size {options.batch_size}: each must be 1 or more.")
+        raise ConfigError(f"--count {options.count}, --batch-size {options.batch_size}: give 1 or more for each.")
     generator = ImageGenerator.from_pretrained(
         options.folder, options.device, DTYPES[options.dtype], options.batch_size
     )

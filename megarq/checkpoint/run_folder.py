@@ -44,7 +44,9 @@ def checkpoint_at(run: str | Path, step: int | None = None) -> Checkpoint:
         folder = checkpoints_folder(run) / step_name(step)
         if not folder.is_dir():
             kept = sorted(path.name for path in checkpoints_folder(run).glob("step-*"))
-            raise CheckpointError(f"{folder} does not exist: the run keeps {', '.join(kept) or 'no checkpoint'}.")
+            raise CheckpointError(
+                f"{folder} does not exist: the run keeps {', '.join(kept) or 'no checkpoint'}. Give another step."
+            )
         return Checkpoint.open(folder)
     newest = latest_checkpoint(run)
     if newest is None:

@@ -69,7 +69,10 @@ def load_config(name_or_path: str, overrides: Sequence[str] = (), architecture: 
     layers = [(str(path), document), (COMMAND_LINE, _parse_overrides(overrides, schema))]
     config = build(schema, layers)
     if config.architecture != described:
-        raise ConfigError(f"architecture={config.architecture} on the {COMMAND_LINE}: {path} describes an {described}.")
+        raise ConfigError(
+            f"architecture={config.architecture} on the {COMMAND_LINE}: {path} describes an {described}. "
+            "Leave the key out."
+        )
     config.validate()
     return config
 
@@ -83,24 +86,6 @@ def save_config(config: Any, path: str | Path) -> None:
 def config_to_dict(config: Any) -> dict[str, Any]:
     """A configuration dataclass as plain dicts, lists and scalars, for YAML and JSON."""
     return dataclasses.asdict(config)
-
-
-def config_from_dict(data: Mapping[str, Any], source: str) -> RunConfig:
-    """The run configuration that `config_to_dict` wrote, checked as strictly as a file.
-
-    Args:
-        data: with the key `architecture`.
-        source: where it came from, for messages.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
-    described = data.get("architecture")
-    if described not in ARCHITECTURES:
-        raise ConfigError(f"architecture={described!r} in {source}: use one of {', '.join(ARCHITECTURES)}.")
-    config = build(ARCHITECTURES[described], [(source, data)])
-    config.validate()
-    return config
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -49,12 +49,14 @@ def _walk(
         if _is_section(kind := known[name]):
             if not isinstance(value, Mapping):
                 raise ConfigError(
-                    f"{key}={value!r} ({source}): {key} is a section of keys.{_listed(f'{key}.', _types(kind))}"
+                    f"{key}={value!r} ({source}): {key} is a section of keys. Give one of them."
+                    f"{_listed(f'{key}.', _types(kind))}"
                 )
             yield from _walk(root, kind, value, f"{key}.", source)
         elif isinstance(value, Mapping):
             raise ConfigError(
-                f"unknown key {key}.{next(iter(value), '')} ({source}): {key} is one {describe_type(kind)}."
+                f"unknown key {key}.{next(iter(value), '')} ({source}): {key} is one {describe_type(kind)}. "
+                "Give it a value."
             )
         else:
             _refuse_references(key, value, source)

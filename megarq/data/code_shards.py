@@ -243,7 +243,9 @@ class _OpenFiles:
         try:
             count = os.preadv(self._file(number).fileno(), [buffer.data], offset)
         except OSError as error:
-            raise DataError(f"code shard {self._paths[number]} cannot be read ({error}). Is it still there?") from error
+            raise DataError(
+                f"code shard {self._paths[number]} cannot be read ({error}). Check that it is still there."
+            ) from error
         if count != len(buffer):
             raise DataError(f"code shard {self._paths[number]} ends at {offset + count}: truncated. Copy it again.")
 

@@ -208,7 +208,7 @@ class ImageIndex:
         if not keys:
             raise DataError(
                 f"no images in {len(self.shards)} shards, the first being {self.shards[0]!r}. "
-                f"Members must end in {', '.join('.' + name for name in IMAGE_EXTENSIONS)}."
+                f"Give tars whose members end in {', '.join('.' + name for name in IMAGE_EXTENSIONS)}."
             )
         self._shard_numbers = np.array(shard_numbers, np.int32)
         self._offsets = np.array(offsets, np.int64)
@@ -229,7 +229,9 @@ class ImageIndex:
             with Path(shard).open("rb", buffering=0) as file:
                 data = os.pread(file.fileno(), int(self._sizes[index]), int(self._offsets[index]))
         except OSError as error:
-            raise DataError(f"shard {shard!r} cannot be read at key {key!r} ({error}). Is it still there?") from error
+            raise DataError(
+                f"shard {shard!r} cannot be read at key {key!r} ({error}). Check that it is still there."
+            ) from error
         if len(data) != self._sizes[index]:
             raise _torn(shard, key, "it shrank while it was in use")
         return data

@@ -1,6 +1,6 @@
 """Stage 1: training the RQ-VAE on image shards, with reconstruction and commitment loss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from megarq.config.deepspeed import zero_stage
 from megarq.config.run import RQVAERunConfig
 from megarq.data.files import expand_shards
 from megarq.data.images import ImageBatch, ImageLoader
@@ -20,9 +21,9 @@ from megarq.rqvae.losses import RQVAELoss
 from megarq.rqvae.model import RQVAE
 
 
-def check_rqvae_run(config: RQVAERunConfig, zero_stage: int) -> None:
-    """Raise ConfigError for what stage 1 cannot do; needs no process group."""
-    if zero_stage == 3:
+def check_rqvae_run(config: RQVAERunConfig, ds: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what stage 1 cannot do, under DeepSpeed's configuration `ds`; needs no process group."""
+    if zero_stage(ds) == 3:
         raise ConfigError(
             "ZeRO stage 3 for an RQ-VAE: its codebook is updated in place and read outside the layers that stage 3 "
             "gathers parameters for. Use --ds_config zero1.json or zero2.json."

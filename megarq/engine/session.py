@@ -12,7 +12,7 @@ from torch import nn
 
 from megarq.checkpoint.format import Checkpoint
 from megarq.checkpoint.run_folder import latest_checkpoint
-from megarq.config.deepspeed import batch_sizes, resolve_ds_config
+from megarq.config.deepspeed import batch_sizes
 from megarq.config.load import save_config
 from megarq.config.run import RQTransformerRunConfig, RQVAERunConfig
 from megarq.data.order import LoaderState
@@ -150,17 +150,6 @@ class Session:
             f"{start} | {plan.steps} steps of {train.global_batch_size} samples | {ranks}, ZeRO-{stage}, "
             f"{train.precision} | {self.run}"
         )
-
-
-def resolve_and_place(
-    config: RQTransformerRunConfig | RQVAERunConfig, ds: Mapping[str, Any], world_size: int, rank: int
-) -> tuple[dict[str, Any], Topology]:
-    """Check everything that needs no process group: layout, batch sizes, ds_config. Raises ConfigError."""
-    topology = Topology(world_size, rank, config.parallel.tp, config.parallel.pp)
-    resolved = resolve_ds_config(ds, config.train, config.parallel, topology.dp)
-    if topology.pp > 1:
-        raise ConfigError(f"parallel.pp={topology.pp}: this release trains without pipelines. Use parallel.pp=1.")
-    return resolved, topology
 
 
 def copy_once(source: Path, run: Path, name: str) -> None:

@@ -70,7 +70,9 @@ def import_pretrained(
     info = ModelInfo(model.config, fingerprint(model))
     if rqtransformer is None:
         if tokenizer is not None:
-            raise ConfigError(f"--tokenizer {tokenizer} without --rqtransformer: an RQ-VAE alone reads no text.")
+            raise ConfigError(
+                f"--tokenizer {tokenizer} without --rqtransformer: an RQ-VAE alone reads no text. Leave it out."
+            )
         with new_folder(output) as folder:
             write_rqvae(model, folder)
             _finish(folder, info, Path(output).resolve().name)
@@ -89,7 +91,9 @@ def _import_model(
     text = None if tokenizer is None else TextTokenizer.load(tokenizer)
     if text is not None:
         if config.condition != "text":
-            raise ConfigError(f"--tokenizer {tokenizer}: this model's condition is {config.condition}, not text.")
+            raise ConfigError(
+                f"--tokenizer {tokenizer}: this model's condition is {config.condition}, not text. Leave it out."
+            )
         check_tokenizer(text, config)
     ours = state_from_authors(state, config)
     with new_folder(output) as folder:

@@ -166,13 +166,15 @@ class ImageGenerator:
         Raises ConfigError for what the model cannot be asked for. A caption that is too long is cut, with a warning.
         """
         if prompts is not None and classes is not None:
-            raise ConfigError("prompts and classes are both given: a model is asked with one or the other.")
+            raise ConfigError("prompts and classes are both given: give one or the other.")
         condition = self.transformer.config.condition
         given = "text" if prompts is not None else "class" if classes is not None else "none"
         if given != condition:
             wants = {"text": "prompts (--prompt)", "class": "classes (--class)", "none": "neither prompts nor classes"}
             gave = {"text": "prompts", "class": "classes", "none": "neither prompts nor classes"}
-            raise ConfigError(f"{gave[given]} given, but this model is asked with {wants[condition]}.")
+            raise ConfigError(
+                f"{gave[given]} given, but the model's condition is {condition}: give {wants[condition]}."
+            )
         if prompts is not None:
             rows = self._tokens([prompts] if isinstance(prompts, str) else list(prompts))
         elif classes is not None:
@@ -202,7 +204,7 @@ class ImageGenerator:
         number = _whole("class", value, least=0)
         classes = self.transformer.config.cond_vocab_size
         if number >= classes:
-            raise ConfigError(f"class={number}: this model knows classes 0 to {classes - 1}.")
+            raise ConfigError(f"class={number}: this model knows classes 0 to {classes - 1}. Choose among them.")
         return number
 
 

@@ -53,7 +53,7 @@ def rqvae_of_checkpoint(checkpoint: Checkpoint, weights: str | None = None) -> R
         if tensor.shape != target.shape:
             raise CheckpointError(
                 f"{checkpoint.folder}: {name} is {list(tensor.shape)}, the model needs {list(target.shape)}: the "
-                "checkpoint is damaged."
+                "checkpoint is damaged. Use another step's."
             )
         target.copy_(tensor)
     return model.eval()

@@ -269,7 +269,7 @@ def check_condition(transformer: RQTransformer, cond: Tensor) -> Tensor:
     if low < 0 or high >= config.cond_vocab_size:
         raise ConfigError(
             f"cond holds {low if low < 0 else high}: this model's {config.condition} condition goes from 0 to "
-            f"{config.cond_vocab_size - 1}."
+            f"{config.cond_vocab_size - 1}. Give numbers in this range."
         )
     return cond
 

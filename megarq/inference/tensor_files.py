@@ -45,7 +45,7 @@ def write_tensors(
             if tensor.shape != like[name].shape:
                 raise CheckpointError(
                     f"{name} is {list(tensor.shape)}, but the model needs {list(like[name].shape)}: "
-                    "weights and configuration belong to different models."
+                    "weights and configuration belong to different models. Use those of one run."
                 )
             tensors[name] = tensor.to("cpu", like[name].dtype).contiguous()
         _save(folder / _file_name(stem, number, len(parts)), tensors)

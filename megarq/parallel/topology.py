@@ -41,7 +41,7 @@ class Topology:
 
     def __post_init__(self) -> None:
         if self.tp < 1 or self.pp < 1:
-            raise ConfigError(f"parallel.tp={self.tp}, parallel.pp={self.pp}: each must be 1 or more.")
+            raise ConfigError(f"parallel.tp={self.tp}, parallel.pp={self.pp}: use 1 or more for each.")
         if self.world_size % (self.tp * self.pp):
             raise ConfigError(
                 f"parallel.tp={self.tp} x parallel.pp={self.pp} = {self.tp * self.pp} does not divide the "

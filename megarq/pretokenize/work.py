@@ -53,7 +53,7 @@ class Work:
         if manifest.samples == 0:
             raise DataError(
                 f"no usable picture in {len(self.sources)} image shards, the first being {self.sources[0]!r}. "
-                "Samples need an image member (.jpg .jpeg .png .webp)."
+                "Give tars whose samples have an image member (.jpg .jpeg .png .webp)."
             )
         manifest.save(self.folder)
         for file in self._files:

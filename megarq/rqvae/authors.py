@@ -144,7 +144,9 @@ def _refuse_other_variants(arch: Mapping[str, Any], hparams: Mapping[str, Any], 
     )
     for path, value, supported in only:
         if value != supported:
-            raise CheckpointError(f"{path}={value!r} cannot be imported: only {path}={supported!r} can.")
+            raise CheckpointError(
+                f"{path}={value!r} cannot be imported: only {path}={supported!r} can. Choose another checkpoint."
+            )
 
 
 def _shared_copies(expected: Mapping[str, torch.Size], depth: int) -> dict[str, str]:

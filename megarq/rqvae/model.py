@@ -101,7 +101,9 @@ class RQVAE(nn.Module):
         ConfigError for a depth that the model does not have.
         """
         if depth is not None and not 1 <= depth <= self.config.depth:
-            raise ConfigError(f"decode(depth={depth}): this RQ-VAE has depths 1 to {self.config.depth}.")
+            raise ConfigError(
+                f"decode(depth={depth}): this RQ-VAE has depths 1 to {self.config.depth}. Choose among them."
+            )
         return self._decode_latents(self.embed(codes)[..., :depth, :].sum(-2))
 
     def forward(self, images: Tensor) -> RQVAEOutput:

@@ -45,7 +45,7 @@ def config_from_authors(document: Mapping[str, Any]) -> RQTransformerConfig:
         )
     for key in _UNSUPPORTED:
         if arch.get(key):
-            raise CheckpointError(f"arch.{key}={arch[key]}: no released model uses it and it cannot be imported.")
+            raise CheckpointError(f"arch.{key}={arch[key]}: no released model uses it. Import another checkpoint.")
     vocab = arch.get("vocab_size", document.get("dataset", {}).get("vocab_size"))
     missing = [key for key in ("block_size", "embed_dim", "body", "head") if key not in arch]
     if vocab is None or missing:

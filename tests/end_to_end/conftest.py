@@ -32,7 +32,7 @@ RQVAE = {
         "attention_resolutions": [],
         "latent_channels": 8,
         "codebook_dim": 8,
-        "codebook_size": 32,
+        "codebook_size": 64,
         "depth": 2,
     },
     "loss": {"perceptual_weight": 0.0, "adversarial_weight": 0.0},
@@ -44,7 +44,7 @@ RQTRANSFORMER = {
     "architecture": "rq-transformer",
     "model": {
         "code_shape": [4, 4, 2],
-        "codebook_size": 32,
+        "codebook_size": 64,
         "codebook_dim": 8,
         "embed_dim": 32,
         "body": {"layers": 1, "heads": 2},

@@ -424,7 +424,7 @@ def test_a_folder_of_other_files_is_not_overwritten_by_an_export(walk, tmp_path)
     [
         (["--prompt", "a red disc"], ["prompts given", "classes (--class)"]),
         (["--class", "3"], ["class=3", "this model knows classes 0 to 2"]),
-        ([], ["neither prompts nor classes given", "asked with classes (--class)"]),
+        ([], ["neither prompts nor classes given", "give classes (--class)"]),
     ],
 )
 def test_a_model_of_classes_is_asked_for_its_classes(class_model, tmp_path, options, parts):

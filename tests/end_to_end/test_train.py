@@ -94,7 +94,7 @@ def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on two ranks of DeepSpeed's launcher, killed in the middle, that goes on in one process without launcher."""
+    """A run on two ranks of DeepSpeed's launcher, killed in the middle, that goes on in one process without it."""
     run = tmp_path_factory.mktemp("killed") / "run"
     arguments = ["--ds_config", "zero3.json", *options, "--output", str(run)]
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]

@@ -23,8 +23,9 @@ from megarq.config.models import RQTransformerConfig, RQVAEConfig, StackConfig
 from megarq.config.run import CheckpointConfig, LogConfig, ParallelConfig, RQTransformerRunConfig, TrainConfig
 from megarq.data.loader import CodeBatch
 from megarq.data.order import LoaderState
-from megarq.engine.session import Session, resolve_and_place
+from megarq.engine.session import Session
 from megarq.engine.snapshot import whole_transformer
+from megarq.engine.start import resolve_and_place
 from megarq.engine.transformer_task import TransformerTask
 from megarq.parallel.initialization import named_generator
 from megarq.parallel.layers import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear

@@ -23,10 +23,25 @@ KINDS = {
     if isinstance(kind, type) and issubclass(kind, errors.MegarqError) and kind is not errors.MegarqError
 }
 VALUE = "⟨value⟩"
-ADVICE = {"suggestion", "key_suggestion", "_listed", "advice", "nearest"}
+ADVICE = {"suggestion", "advice", "nearest"}
 """Names, in a placeholder, of what ends in `Did you mean ..?` or `Known: ..`."""
 REMEDIES = {
-    *("add", "ask", "change", "check", "choose", "convert", "copy", "correct", "export", "free", "give", "hold"),
+    *(
+        "add",
+        "ask",
+        "change",
+        "check",
+        "choose",
+        "convert",
+        "copy",
+        "correct",
+        "end",
+        "export",
+        "free",
+        "give",
+        "go",
+        "hold",
+    ),
     *("import", "leave", "make", "mend", "move", "name", "number", "press", "pretokenize", "put", "quote", "remove"),
     *("rename", "repeat", "replace", "resize", "resume", "run", "save", "set", "start", "train", "try", "use", "write"),
     *("did", "expected", "known"),  # did you mean X?; expected a whole number; known: a, b
@@ -44,7 +59,11 @@ class Message(NamedTuple):
     @property
     def clauses(self) -> list[str]:
         """Its parts, in lower case."""
-        return [part.strip().lower() for part in re.split(r"[:.;?]\s|[.?]$", self.text) if part.strip()]
+        return [
+            part.strip().lower()
+            for part in re.split(rf"[:.;?]\s|[.?]$|(?<={VALUE})\s(?=[A-Z])", self.text)
+            if part.strip()
+        ]
 
 
 def messages(path: Path) -> Iterator[Message]:
@@ -89,7 +108,7 @@ def test_messages_are_found():
 
 @pytest.mark.parametrize("message", ALL, ids=lambda message: message.place)
 def test_message_names_the_value_got(message):
-    named = VALUE in message.text or re.search(r"--[a-z]", message.text) or ABSENCES.search(message.clauses[0])
+    named = VALUE in message.text or re.search(r"--[a-z]|=\S", message.text) or ABSENCES.search(message.clauses[0])
     assert named, message.text
 
 

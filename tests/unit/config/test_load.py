@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megarq.config.load import config_from_dict, config_to_dict, load_config, save_config
+from megarq.config.load import config_to_dict, load_config, save_config
 from megarq.config.names import CONFIGS, key_suggestion, resolve_name
-from megarq.config.run import RQTransformerRunConfig, RQVAERunConfig
+from megarq.config.run import RQTransformerRunConfig
 from megarq.errors import ConfigError
 
 MINIMAL = "architecture: rq-transformer\ntrain:\n  steps: 10\n"
@@ -207,23 +207,6 @@ def test_a_saved_configuration_is_read_back_the_same(name: str, tmp_path: Path) 
 def test_a_saved_configuration_is_plain_yaml(tmp_path: Path) -> None:
     save_config(load_config("demo"), tmp_path / "config.resolved.yaml")
     assert yaml.safe_load((tmp_path / "config.resolved.yaml").read_text()) == config_to_dict(load_config("demo"))
-
-
-def test_a_dict_makes_the_same_configuration() -> None:
-    config = load_config("rqvae-demo")
-    assert config_from_dict(config_to_dict(config), "config.json") == config
-
-
-def test_an_unknown_key_in_a_dict_names_its_source() -> None:
-    data = config_to_dict(RQVAERunConfig())
-    data["model"]["colour"] = 1
-    with pytest.raises(ConfigError, match=r"unknown key model\.colour \(config\.json\)"):
-        config_from_dict(data, "config.json")
-
-
-def test_a_dict_without_architecture_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"architecture=None in config\.json"):
-        config_from_dict({}, "config.json")
 
 
 def test_a_name_may_carry_its_suffix(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_a_shard_cut_while_open_is_an_error(make_codes: MakeCodes) -> None:
 def test_a_shard_removed_while_open_is_an_error(make_codes: MakeCodes) -> None:
     codes = make_codes([[3]])
     (codes.folder / "000000.tar").unlink()
-    with pytest.raises(DataError, match="Is it still there"):
+    with pytest.raises(DataError, match="Check that it is still there"):
         codes.key(0, 0)
 
 

@@ -11,7 +11,8 @@ from megarq.checkpoint.run_folder import publish_checkpoint
 from megarq.config.load import load_config
 from megarq.config.run import RQTransformerRunConfig, RQVAERunConfig
 from megarq.data.order import LoaderState
-from megarq.engine.session import Session, copy_once, resolve_and_place
+from megarq.engine.session import Session, copy_once
+from megarq.engine.start import resolve_and_place
 from megarq.errors import CheckpointError, ConfigError
 from megarq.launch.environment import read_environment
 from megarq.launch.process_group import joined

@@ -57,7 +57,7 @@ def test_a_layout_that_the_world_does_not_hold_is_refused(world, tp, pp):
 
 @pytest.mark.parametrize(("tp", "pp"), [(0, 1), (1, -1)])
 def test_sizes_below_one_are_refused(tp, pp):
-    with pytest.raises(ConfigError, match="each must be 1 or more"):
+    with pytest.raises(ConfigError, match="use 1 or more for each"):
         Topology(4, 0, tp, pp)
 
 

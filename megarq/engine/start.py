@@ -1,0 +1,54 @@
+"""From a parsed command line to a session: every check that needs no process group comes before there is one."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megarq.config.deepspeed import read_ds_config, resolve_ds_config
+from megarq.config.names import CONFIGS, resolve_name
+from megarq.config.run import RQTransformerRunConfig, RQVAERunConfig
+from megarq.engine.session import Session
+from megarq.errors import ConfigError
+from megarq.launch.environment import read_environment
+from megarq.launch.process_group import joined, rank_device
+from megarq.parallel.topology import Topology
+
+
+@contextmanager
+def joined_session(
+    config: RQTransformerRunConfig | RQVAERunConfig,
+    ds_config: str,
+    run: str,
+    check: Callable[[Mapping[str, Any]], None] = lambda ds: None,
+) -> Iterator[Session]:
+    """This process's session, while the body runs.
+
+    Args:
+        config: the run's configuration.
+        ds_config: DeepSpeed's JSON, or a name in configs/deepspeed.
+        run: the run's folder.
+        check: what else must hold of DeepSpeed's complete configuration.
+
+    Raises:
+        ConfigError: the configurations contradict each other or the ranks that were started.
+    """
+    environment = read_environment(os.environ)
+    stated = read_ds_config(resolve_name(ds_config, CONFIGS / "deepspeed", ".json"))
+    ds, topology = resolve_and_place(config, stated, environment.world_size, environment.rank)
+    check(ds)
+    device = rank_device(environment)
+    with joined(environment, device):
+        yield Session.open(config, ds, topology, Path(run), device)
+
+
+def resolve_and_place(
+    config: RQTransformerRunConfig | RQVAERunConfig, ds: Mapping[str, Any], world_size: int, rank: int
+) -> tuple[dict[str, Any], Topology]:
+    """Check everything that needs no process group: layout, batch sizes, ds_config. Raises ConfigError."""
+    topology = Topology(world_size, rank, config.parallel.tp, config.parallel.pp)
+    resolved = resolve_ds_config(ds, config.train, config.parallel, topology.dp)
+    if topology.pp > 1:
+        raise ConfigError(f"parallel.pp={topology.pp}: this release trains without pipelines. Use parallel.pp=1.")
+    return resolved, topology
