@@ -104,8 +104,10 @@ def _refuse_unknown(ds: Mapping[str, Any], path: Path) -> None:
     def walk(section: str, content: Mapping[str, Any]) -> None:
         for key, value in content.items():
             full = f"{section}.{key}" if section else key
-            if not section and key in _OURS_INSTEAD:
+            if not section and key in _OURS_INSTEAD and not _is_off(value):
                 raise ConfigError(f"{path}: {key} is not taken from ds_config. Use {_OURS_INSTEAD[key]} instead.")
+            if not section and key in _OURS_INSTEAD:
+                continue
             if key not in known[section]:
                 raise ConfigError(f"{path}: unknown key {full}.{suggestion(key, known[section]) or ' Remove it.'}")
             if full not in known or (section and value is None):
@@ -117,6 +119,11 @@ def _refuse_unknown(ds: Mapping[str, Any], path: Path) -> None:
             walk(full, value)
 
     walk("", ds)
+
+
+def _is_off(section: Any) -> bool:
+    """Whether a section says that it is not wanted, {"enabled": false}."""
+    return isinstance(section, Mapping) and section.get("enabled") in (False, "auto")
 
 
 def _refuse_wrong_values(ds: Mapping[str, Any], path: Path) -> None:
@@ -145,7 +152,8 @@ def resolve_ds_config(
         data_parallel: number of data-parallel ranks.
     """
     micro, accumulation = batch_sizes(train, data_parallel)
-    resolved = _without_auto({key: value for key, value in ds.items() if key != "optimizer"})
+    taken = {key: value for key, value in ds.items() if key != "optimizer" and key not in _OURS_INSTEAD}
+    resolved = _without_auto(taken)
     _check_optimizer(ds.get("optimizer", {}), train)
     expected = {
         "train_batch_size": ("train.global_batch_size", train.global_batch_size),

@@ -5,7 +5,7 @@ Worked example: 1,797 samples of [8, 8, 4] codes, global batch B = 64 on 2 ranks
     order.py        samples 64b .. 64b + 63 of the endless stream; rank_share takes this rank's 32 of them
     code_shards.py  codes [32, 8, 8, 4] of draw 1 + (hash(seed, sample) + epoch) mod N; one caption of each sample
     caption_encoder caption -> 32 tokens, with dropout seeded by (seed, sample, epoch)
-    CodeBatch       codes [32, 8, 8, 4] int64, cond [32, 32] int64, latents or None, weights, sample_ids, state after it
+    CodeBatch       codes [32, 8, 8, 4] int64, cond [32, 32] int64, latents or None, .., and the state after it
 
 Legend: b samples of this rank, H, W, D code shape, C codebook dim, L condition length.
 """
@@ -43,6 +43,8 @@ class CodeBatch:
     """[b] float32: 1, or 0 for a sample that only fills up the last validation batch."""
     sample_ids: Tensor
     """[b] int64 number of each sample in the code folder."""
+    epochs: Tensor
+    """[b] int64 pass over the data that each sample belongs to; a batch may stand in two."""
     state: LoaderState
     """Where the loader stands after this batch: start there to go on."""
 
@@ -85,6 +87,7 @@ class SampleMaker:
             latents=latents,
             weights=torch.ones(len(ids)),
             sample_ids=torch.from_numpy(ids),
+            epochs=torch.from_numpy(epochs.astype(np.int64)),
             state=state,
         )
 

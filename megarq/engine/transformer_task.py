@@ -109,8 +109,8 @@ class TransformerTask:
         codes, cond = batch.codes.to(self._device), batch.cond.to(self._device)
         if batch.latents is None:
             return codes, cond, codes
-        seed, epoch = self._config.train.seed, batch.state.epoch
-        generators = [named_generator(seed, "draw", sample, epoch) for sample in batch.sample_ids.tolist()]
+        seed, places = self._config.train.seed, zip(batch.sample_ids.tolist(), batch.epochs.tolist(), strict=True)
+        generators = [named_generator(seed, "draw", sample, epoch) for sample, epoch in places]
         latents = batch.latents.to(self._device).float()
         codes, soft = self._rqvae.draw_codes(latents, self._config.objective.temperature, generators)
         return codes, cond, split_to(soft, self._groups.tensor)

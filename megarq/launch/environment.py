@@ -21,6 +21,9 @@ _LAUNCHERS = {
     "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 }
 
+_LOCAL_SIZES = {"mpirun (Open MPI)": "OMPI_COMM_WORLD_LOCAL_SIZE", "mpirun (MPICH)": "MPI_LOCALNRANKS"}
+"""Ranks on this host: where they are all of them, they meet on the loopback address unless told otherwise."""
+
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
@@ -49,7 +52,8 @@ def read_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
                 f"{names[0]}={rank}, but {names[1]}={world_size}: ranks count from 0. Start through the launcher, or "
                 f"unset {names[0]}."
             )
-        if world_size > 1 and "MASTER_ADDR" not in environ and launcher.startswith(("srun", "torchrun")):
+        elsewhere = _integer(environ, _LOCAL_SIZES.get(launcher, ""), 0) < world_size
+        if world_size > 1 and "MASTER_ADDR" not in environ and elsewhere:
             raise ConfigError(
                 f"{launcher} started {world_size} ranks, but MASTER_ADDR is not set: "
                 "export MASTER_ADDR=<host of rank 0> and MASTER_PORT=<free port> before starting."

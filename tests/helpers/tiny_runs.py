@@ -128,6 +128,7 @@ def global_batch(config: RQTransformerRunConfig, number: int) -> CodeBatch:
         latents=latents if config.objective.targets == "soft" else None,
         weights=torch.ones(BATCH),
         sample_ids=torch.arange(first, first + BATCH),
+        epochs=torch.full((BATCH,), first // SAMPLES_PER_EPOCH),
         state=LoaderState.at(first + BATCH, SAMPLES_PER_EPOCH),
     )
 

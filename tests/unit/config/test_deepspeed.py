@@ -207,3 +207,29 @@ def test_pipelines_with_stage_2_or_3_are_refused(stage):
 @pytest.mark.parametrize("stage", [0, 1])
 def test_pipelines_with_stage_0_or_1_are_allowed(stage):
     assert zero_stage(resolve({"zero_optimization": {"stage": stage}}, parallel=ParallelConfig(pp=2))) == 1
+
+
+def test_fp16_that_is_off_is_no_contradiction(tmp_path):
+    (tmp_path / "ds.json").write_text('{"fp16": {"enabled": false}, "zero_optimization": {"stage": 2}}')
+    resolved = resolve_ds_config(read_ds_config(tmp_path / "ds.json"), TrainConfig(steps=1), ParallelConfig(), 1)
+    assert "fp16" not in resolved
+
+
+@pytest.mark.parametrize(
+    ("zero", "key"),
+    [
+        ({"stage": 2, "reduce_bucket_size": "big"}, "zero_optimization.reduce_bucket_size='big'"),
+        ({"stage": 2, "offload_optimizer": {"device": "gpu"}}, "zero_optimization.offload_optimizer.device='gpu'"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused(tmp_path, zero, key):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    with pytest.raises(ConfigError, match=f"{key}.*Correct the value"):
+        read_ds_config(tmp_path / "ds.json")
+
+
+def test_auto_is_left_to_deepspeed_where_the_run_does_not_decide():
+    stated = {"communication_data_type": "auto", "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}
+    resolved = resolve_ds_config(stated, TrainConfig(steps=1), ParallelConfig(), 1)
+    assert resolved["communication_data_type"] == "fp32"
+    assert "reduce_bucket_size" not in resolved["zero_optimization"]

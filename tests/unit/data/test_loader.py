@@ -41,7 +41,7 @@ def take(codes: CodeShards, count: int, **changes: object) -> list[CodeBatch]:
 
 def rows(batch: CodeBatch) -> list[tuple[object, ...]]:
     """Everything about each sample of a batch, in order of the samples."""
-    fields = (batch.sample_ids, batch.codes.flatten(1), batch.cond, batch.weights)
+    fields = (batch.sample_ids, batch.epochs, batch.codes.flatten(1), batch.cond, batch.weights)
     return sorted(tuple(str(field[i].tolist()) for field in fields) for i in range(len(batch.sample_ids)))
 
 

@@ -46,7 +46,16 @@ def test_mpirun_inside_an_allocation_counts():
 
 def test_mpi_on_one_host_needs_no_address():
     environ = {key: value for key, value in MPICH.items() if key not in MASTER}
-    assert read_environment(environ).address == "127.0.0.1"
+    assert read_environment(environ | {"MPI_LOCALNRANKS": "8"}).address == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("variables", "local_size"), [(MPICH, "MPI_LOCALNRANKS"), (OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE")]
+)
+def test_mpi_on_several_hosts_needs_an_address(variables, local_size):
+    environ = {key: value for key, value in variables.items() if key not in MASTER} | {local_size: "4"}
+    with pytest.raises(ConfigError, match="started 8 ranks, but MASTER_ADDR is not set"):
+        read_environment(environ)
 
 
 @pytest.mark.parametrize(("environ", "launcher"), [(SRUN, "srun"), (TORCHRUN, "torchrun or deepspeed")])
