@@ -88,6 +88,20 @@ def succeed(script: str, *arguments: object) -> Outcome:
     return outcome
 
 
+def error_of(outcome: Outcome) -> str:
+    """The one message of a command that was refused."""
+    assert outcome.status == 2, f"ended with {outcome.status}:\n{outcome.printed}\n{outcome.errors}"
+    assert "Traceback" not in outcome.printed + outcome.errors
+    before, label, message = outcome.errors.rpartition("error: ")
+    assert label and "error: " not in before, outcome.errors
+    return message
+
+
+def refusal(script: str, *arguments: object) -> str:
+    """The message of a command that is refused."""
+    return error_of(call(script, *arguments))
+
+
 @functools.cache
 def _preload_once() -> None:
     preload()

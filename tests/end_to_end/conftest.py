@@ -8,14 +8,17 @@ large run uses: bf16, activation checkpointing, moving average. Tests read the w
 """
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 import yaml
 from PIL import Image, ImageDraw
 
-from tests.end_to_end.commands import succeed, typed
+from megarq.inference.pretrained import load_rqvae, save_rqvae
+from tests.end_to_end.commands import refusal, succeed, typed
 
 COLOURS = ("red", "green", "blue", "white")
 SHAPES = ("square", "disc", "cross")
@@ -138,3 +141,27 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
     succeed("tools/export.py", made / "run", "--output", made / "model", "--weights", "ema")
     succeed("tools/sample.py", made / "model", *ASKED, "--seed", SEED, "--output", made / "grid.png")
     return made._replace(said={"codes": codes.printed, "run": run})
+
+
+@pytest.fixture(scope="session")
+def train(walk: Walk, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """`train(*options)`: the message of an RQ-Transformer's training that is refused; later options win."""
+    new = tmp_path_factory.mktemp("refused") / "run"
+
+    def refused(*options: object) -> str:
+        return refusal("megarq/train.py", "--ds_config", "zero1.json", *walk.train, "--output", new, *options)
+
+    return refused
+
+
+@pytest.fixture(scope="session")
+def other_codes(walk: Walk, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Codes of the same pictures and shape from another RQ-VAE, argmin alone."""
+    folder = tmp_path_factory.mktemp("other")
+    rqvae = load_rqvae(walk / "rqvae")
+    with torch.no_grad():
+        rqvae.quant_conv.weight.mul_(1.25)
+    save_rqvae(rqvae, folder / "rqvae")
+    frozen = ("--rqvae", folder / "rqvae", "--data", walk.shards, "--transform", "none")
+    succeed("tools/pretokenize.py", *frozen, "--output", folder / "codes", "--draws", 0)
+    return folder / "codes"

@@ -1,58 +1,22 @@
-"""Everything a user can get wrong, through the real command lines: one clear error, exit status 2, no traceback."""
+"""What a user can get wrong before training: one clear error from the real command line, status 2, no traceback."""
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from megarq.inference.pretrained import load_rqvae, save_rqvae
-from tests.end_to_end.commands import Outcome, call, call_ranks, succeed
+from tests.end_to_end.commands import call_ranks, error_of, refusal, succeed
 from tests.end_to_end.conftest import CHANGES, Walk
-
-
-def error_of(outcome: Outcome) -> str:
-    """The one message of a command that was refused."""
-    assert outcome.status == 2, f"ended with {outcome.status}:\n{outcome.printed}\n{outcome.errors}"
-    assert "Traceback" not in outcome.printed + outcome.errors
-    before, label, message = outcome.errors.rpartition("error: ")
-    assert label and "error: " not in before, outcome.errors
-    return message
-
-
-def refusal(script: str, *arguments: object) -> str:
-    return error_of(call(script, *arguments))
-
-
-def copy(source: Path, target: Path) -> Path:
-    """A copy of a folder, to be damaged."""
-    return shutil.copytree(source, target)
-
-
-def cut(path: Path, size: int) -> None:
-    """Truncate a file."""
-    with path.open("rb+") as file:
-        file.truncate(size)
-
-
-@pytest.fixture(scope="module")
-def train(walk: Walk, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """`train(*options)`: the message of an RQ-Transformer's training that is refused; later options win."""
-    new = tmp_path_factory.mktemp("refused") / "run"
-
-    def refused(*options: object) -> str:
-        return refusal("megarq/train.py", "--ds_config", "zero1.json", *walk.train, "--output", new, *options)
-
-    return refused
 
 
 @pytest.fixture(scope="module")
 def train_rqvae(walk: Walk, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """The same for an RQ-VAE."""
+    """`train_rqvae(*options)`: the message of an RQ-VAE's training that is refused."""
     files = ("--model", walk / "rqvae.yaml", "--data", walk.shards)
     new = tmp_path_factory.mktemp("refused") / "run"
     return lambda *options: refusal("megarq/train_rqvae.py", *files, "--output", new, *options)
@@ -60,33 +24,9 @@ def train_rqvae(walk: Walk, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 @pytest.fixture
 def pretokenize(walk: Walk, tmp_path: Path) -> Callable[..., str]:
-    """The same for the encoding of image shards."""
+    """`pretokenize(*options)`: the message of an encoding of image shards that is refused."""
     given = ("--rqvae", walk / "rqvae", "--output", tmp_path / "refused", "--transform", "none")
     return lambda *options: refusal("tools/pretokenize.py", *given, *options)
-
-
-@pytest.fixture(scope="module")
-def other_codes(walk: Walk, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Codes of the same pictures and shape from another RQ-VAE, argmin alone."""
-    folder = tmp_path_factory.mktemp("other")
-    rqvae = load_rqvae(walk / "rqvae")
-    with torch.no_grad():
-        rqvae.quant_conv.weight.mul_(1.25)
-    save_rqvae(rqvae, folder / "rqvae")
-    frozen = ("--rqvae", folder / "rqvae", "--data", walk.shards, "--transform", "none")
-    succeed("tools/pretokenize.py", *frozen, "--output", folder / "codes", "--draws", 0)
-    return folder / "codes"
-
-
-@pytest.fixture(scope="module")
-def class_model(walk: Walk, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported model of three classes."""
-    folder = tmp_path_factory.mktemp("class")
-    given = ("--model", walk / "rqtransformer.yaml", "--data", walk / "codes", "--output", folder / "run")
-    classes = ("model.cond_length=1", "model.cond_vocab_size=3", "train.steps=1", "log.sample_every=0")
-    succeed("megarq/train.py", "--ds_config", "zero1.json", *given, *classes)
-    succeed("tools/export.py", folder / "run", "--output", folder / "model")
-    return folder / "model"
 
 
 # Configuration
@@ -103,8 +43,8 @@ def class_model(walk: Walk, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("parallel.pp=2", ["parallel.pp=2", "does not divide the 1 ranks"]),
         ("model.body.heads=3", ["model.body.heads=3 does not divide model.embed_dim=32", "Choose a divisor"]),
         ("model.code_shape=[2,2,2]", ["codes of shape (4, 4, 2)", "expects (2, 2, 2)", "Choose the model that fits"]),
-        ("model.codebook_size=64", ["codebooks of (32, 32)", "(64, 64)", "pretokenize with its RQ-VAE"]),
-        ("model.codebook_dim=16", ["the RQ-VAE's codebook is [32, 8], the model's [32, 16]", "set model.codebook"]),
+        ("model.codebook_size=128", ["codebooks of (64, 64)", "(128, 128)", "pretokenize with its RQ-VAE"]),
+        ("model.codebook_dim=16", ["the RQ-VAE's codebook is [64, 8], the model's [64, 16]", "set model.codebook"]),
         ("model.cond_vocab_size=20", ["has 48 tokens, model.cond_vocab_size is 20", "Set model.cond_vocab_size=48"]),
         ("objective.temperature=0.7", ["drawn at temperature 0.5", "is 0.7", "Set objective.temperature=0.5"]),
         ("objective.targets=best", ["objective.targets='best'", "use draws, argmin or soft"]),
@@ -132,7 +72,7 @@ def test_a_misspelt_model_name_is_answered_with_the_nearest(train):
     ("content", "parts"),
     [
         ({"zero_optimisation": {"stage": 1}}, ["unknown key zero_optimisation", "Did you mean zero_optimization?"]),
-        ({"zero_optimization": {"stagee": 1}}, ["unknown key zero_optimization.stagee", ".stage?"]),
+        ({"zero_optimization": {"stagee": 1}}, ["unknown key zero_optimization.stagee", "Did you mean stage?"]),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"devise": "cpu"}}},
             ["unknown key zero_optimization.offload_optimizer.devise", "device?"],
@@ -149,7 +89,7 @@ def test_a_ds_config_that_cannot_be_run_is_refused(train, tmp_path, content, par
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))
     message = train("--ds_config", path)
-    assert all(part.replace(".stage?", "stage?") in message for part in parts), message
+    assert all(part in message for part in parts), message
 
 
 def test_pipelines_with_zero_3_are_refused_with_what_to_use(walk, tmp_path):
@@ -205,9 +145,9 @@ def test_a_missing_image_shard_stops_every_reader(walk, train_rqvae, pretokenize
 
 @pytest.mark.parametrize("size", [5000, 10240])
 def test_a_truncated_image_tar_stops_with_its_name(walk, train_rqvae, pretokenize, tmp_path, size):
-    shards = copy(walk / "shards", tmp_path / "shards")
+    shards = shutil.copytree(walk / "shards", tmp_path / "shards")
     assert size < (shards / "00001.tar").stat().st_size
-    cut(shards / "00001.tar", size)
+    os.truncate(shards / "00001.tar", size)
     for message in (train_rqvae("--data", shards), pretokenize("--data", shards)):
         assert str(shards / "00001.tar") in message and "Copy or make it again" in message
 
@@ -228,12 +168,12 @@ def test_more_bad_pictures_than_accepted_stop_the_encoding(walk, pretokenize, tm
 @pytest.fixture
 def codes(walk: Walk, tmp_path: Path) -> Path:
     """A copy of the code shards, to be damaged."""
-    return copy(walk / "codes", tmp_path / "codes")
+    return shutil.copytree(walk / "codes", tmp_path / "codes")
 
 
 def test_a_truncated_code_shard_is_refused(train, codes):
     size = (codes / "000001.tar").stat().st_size
-    cut(codes / "000001.tar", size - 1000)
+    os.truncate(codes / "000001.tar", size - 1000)
     message = train("--data", codes)
     assert f"code shard {codes / '000001.tar'} has {size - 1000} bytes, the manifest says {size}" in message
     assert "Copy it again" in message
@@ -263,7 +203,7 @@ def test_a_code_folder_with_the_weights_of_another_rqvae_is_refused(train, codes
 
 
 def test_a_run_does_not_go_on_with_codes_of_another_rqvae(walk, train, other_codes, tmp_path):
-    run = copy(walk / "run", tmp_path / "run")
+    run = shutil.copytree(walk / "run", tmp_path / "run")
     argmin = ("objective.targets=argmin", *CHANGES, "train.steps=6")
     message = train("--data", other_codes, "--output", run, *argmin)
     assert f"{other_codes} holds codes of the RQ-VAE" in message and "Pretokenize with this RQ-VAE" in message
@@ -275,7 +215,7 @@ def test_validation_data_of_another_rqvae_are_refused(train, other_codes):
 
 
 def test_encoding_into_a_folder_of_another_rqvae_is_refused(walk, other_codes, tmp_path):
-    folder = copy(other_codes, tmp_path / "codes")
+    folder = shutil.copytree(other_codes, tmp_path / "codes")
     frozen = ("--rqvae", walk / "rqvae", "--data", walk.shards, "--transform", "none", "--draws", 0)
     message = refusal("tools/pretokenize.py", *frozen, "--output", folder)
     assert "was begun with fingerprint=" in message and "another --output" in message
@@ -326,134 +266,8 @@ def test_a_tokenizer_that_is_not_there_is_refused(train, tmp_path):
 
 
 def test_a_run_does_not_go_on_with_another_tokenizer(walk, train, tmp_path):
-    run = copy(walk / "run", tmp_path / "run")
+    run = shutil.copytree(walk / "run", tmp_path / "run")
     other = tmp_path / "tokenizer.json"
     succeed("tools/train_text_tokenizer.py", "--data", walk.shards, "--vocab-size", 40, "--output", other)
     message = train("--tokenizer", other, "--output", run, *CHANGES)
     assert f"{run / 'tokenizer.json'} differs from {other}" in message
-
-
-# Runs, checkpoints, export
-
-
-@pytest.fixture
-def run(walk: Walk, tmp_path: Path) -> Path:
-    """A copy of the run, to be damaged."""
-    return copy(walk / "run", tmp_path / "run")
-
-
-def resume(train: Callable[..., str], run: Path) -> str:
-    return train("--output", run, *CHANGES, "train.steps=6")
-
-
-def export(run: Path) -> str:
-    message = refusal("tools/export.py", run, "--output", run.with_name("model"))
-    assert not run.with_name("model").exists()
-    return message
-
-
-def test_a_checkpoint_cut_short_is_neither_resumed_nor_exported(train, run):
-    file = run / "checkpoints" / "step-00000004" / "rank-00001.safetensors"
-    cut(file, file.stat().st_size - 100)
-    for message in (resume(train, run), export(run)):
-        assert f"{file} has {file.stat().st_size} bytes, " in message and "the checkpoint is damaged" in message
-
-
-def test_a_checkpoint_with_a_file_missing_is_neither_resumed_nor_exported(train, run):
-    file = run / "checkpoints" / "step-00000004" / "rank-00001.safetensors"
-    file.unlink()
-    for message in (resume(train, run), export(run)):
-        assert f"{file} is missing" in message and "the checkpoint is damaged" in message
-
-
-def test_a_checkpoint_never_finished_is_neither_resumed_nor_exported(train, run):
-    (run / "checkpoints" / "step-00000004" / "metadata.json").unlink()
-    for message in (resume(train, run), export(run)):
-        assert "step-00000004 has no metadata.json" in message and "Use another step's folder" in message
-
-
-def test_a_checkpoint_with_a_changed_byte_is_not_resumed(train, run):
-    file = run / "checkpoints" / "step-00000004" / "rank-00000.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    assert f"{file} has the sha256" in resume(train, run)
-
-
-def test_the_folder_of_a_run_of_another_model_is_refused(train, run):
-    message = train("--output", run, "model.embed_dim=64")
-    assert f"--output {run} holds a run with model.embed_dim=32, this one has 64" in message
-    assert "Give another --output" in message
-
-
-def test_the_folder_of_a_run_of_another_network_is_refused(walk, train, tmp_path):
-    run = copy(walk / "rqvae", tmp_path / "rqvae")
-    message = train("--output", run)
-    assert f"--output {run} holds a run of an rq-vae" in message and "Give another --output" in message
-
-
-def test_a_run_with_another_rqvae_inside_is_not_exported(run, other_codes):
-    for name in ("config.json", "rqvae.safetensors"):
-        shutil.copy(other_codes / name, run / "rqvae" / name)
-    message = export(run)
-    assert f"{run / 'rqvae'} is the RQ-VAE" in message and "Put the RQ-VAE of its code shards there" in message
-
-
-def test_a_step_that_was_not_kept_is_not_exported(walk, tmp_path):
-    message = refusal("tools/export.py", walk / "run", "--step", 3, "--output", tmp_path / "model")
-    assert "the run keeps step-00000002, step-00000004" in message
-
-
-def test_a_moving_average_that_was_not_kept_is_not_exported(walk, tmp_path):
-    message = refusal("tools/export.py", walk / "rqvae", "--weights", "ema", "--output", tmp_path / "model")
-    assert "keeps no moving average" in message and "use --weights param" in message
-
-
-def test_a_folder_of_other_files_is_not_overwritten_by_an_export(walk, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    message = refusal("tools/export.py", walk / "run", "--output", tmp_path)
-    assert "already holds notes.txt" in message and "give --output another folder" in message
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
-# Pictures
-
-
-@pytest.mark.parametrize(
-    ("options", "parts"),
-    [
-        (["--prompt", "a red disc"], ["prompts given", "classes (--class)"]),
-        (["--class", "3"], ["class=3", "this model knows classes 0 to 2"]),
-        ([], ["neither prompts nor classes given", "give classes (--class)"]),
-    ],
-)
-def test_a_model_of_classes_is_asked_for_its_classes(class_model, tmp_path, options, parts):
-    message = refusal("tools/sample.py", class_model, *options, "--output", tmp_path / "grid.png")
-    assert all(part in message for part in parts), message
-
-
-@pytest.mark.parametrize(
-    ("options", "parts"),
-    [
-        (["--class", "1"], ["classes given", "prompts (--prompt)"]),
-        (["--prompt", "x", "--top-k", "0"], ["top_k=0"]),
-        (["--prompt", "x", "--top-p", "1.5"], ["top_p=1.5"]),
-        (["--prompt", "x", "--temperature", "1,1,1"], ["3", "2"]),
-        (["--prompt", "x", "--output", "grid.jpg"], ["--output grid.jpg", "ends in .png"]),
-    ],
-)
-def test_a_model_of_captions_refuses_what_it_cannot_draw(walk, tmp_path, options, parts):
-    message = refusal("tools/sample.py", walk / "model", "--output", tmp_path / "grid.png", *options)
-    assert all(part in message for part in parts), message
-
-
-def test_an_exported_model_cut_short_draws_nothing(walk, tmp_path):
-    model = copy(walk / "model", tmp_path / "model")
-    cut(model / "model.safetensors", 5000)
-    message = refusal("tools/sample.py", model, "--prompt", "x", "--output", tmp_path / "grid.png")
-    assert f"{model / 'model.safetensors'} cannot be read" in message and "Copy or export the folder again" in message
-
-
-def test_a_run_is_not_an_exported_model(walk, tmp_path):
-    message = refusal("tools/sample.py", walk / "run", "--prompt", "x", "--output", tmp_path / "grid.png")
-    assert "is not an exported model. Make one with tools/export.py" in message
