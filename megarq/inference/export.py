@@ -60,6 +60,7 @@ def export_run(
         ConfigError: `output` holds anything but an exported model.
     """
     checkpoint = checkpoint_at(run, step)
+    checkpoint.verify()
     if checkpoint.metadata.get("architecture") == "rq-vae":
         return _export_rqvae(checkpoint, Path(output).resolve(), weights)
     check_architecture(checkpoint, "rq-transformer", run)

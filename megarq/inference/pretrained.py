@@ -68,6 +68,8 @@ def load_rqvae(path: str | Path, device: str | torch.device = "cpu") -> RQVAE:
         ConfigError: the device does not exist.
     """
     path, device = Path(path), find_device(device)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder. Check the path.")
     if (path / CONFIG).exists():
         return _read_rqvae(path, read_info(path)).to(device)
     if checkpoints_folder(path).is_dir():

@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megarq.errors import ConfigError
 from megarq.launch.environment import LaunchEnvironment
 
 TIMEOUT = timedelta(minutes=30)
@@ -52,4 +53,10 @@ def _store(environment: LaunchEnvironment) -> dist.Store:
         return dist.HashStore()
     torchelastic = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     master = environment.rank == 0 and not torchelastic
-    return dist.TCPStore(environment.address, environment.port, environment.world_size, master, timeout=TIMEOUT)
+    try:
+        return dist.TCPStore(environment.address, environment.port, environment.world_size, master, timeout=TIMEOUT)
+    except dist.DistNetworkError as error:
+        raise ConfigError(
+            f"rank {environment.rank} cannot meet the others at {environment.address}:{environment.port} "
+            f"({str(error).splitlines()[0]}). Choose a free port: deepspeed --master_port PORT, or export MASTER_PORT."
+        ) from error

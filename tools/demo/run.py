@@ -178,7 +178,9 @@ def show(report: dict[str, object], output: Path) -> None:
     seconds = report["seconds"]
     assert isinstance(seconds, dict)
     print(f"  {'seconds':<24} {sum(seconds.values()):.0f}\n\n{output}/report.json  {output}/samples.png")
-    print(f"Draw your own: .venv/bin/python tools/sample.py {output}/model --prompt '{caption(7, 0)}' --output seven.png")
+    print(
+        f"Draw your own: .venv/bin/python tools/sample.py {output}/model --prompt '{caption(7, 0)}' --output seven.png"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

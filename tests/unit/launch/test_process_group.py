@@ -1,12 +1,14 @@
 """Joining a job of one process."""
 
 import os
+import socket
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megarq.launch.environment import read_environment
+from megarq.errors import ConfigError
+from megarq.launch.environment import LaunchEnvironment, read_environment
 from megarq.launch.process_group import joined
 
 CPU = torch.device("cpu")
@@ -34,3 +36,13 @@ def test_the_group_is_destroyed_where_the_body_fails():
     with pytest.raises(RuntimeError, match="body"), joined(read_environment({}), CPU):
         raise RuntimeError("body")
     assert not dist.is_initialized()
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        place = LaunchEnvironment(0, 2, 0, "127.0.0.1", port, "torchrun or deepspeed")
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}.*Choose a free port"), joined(place, CPU):
+            pass
