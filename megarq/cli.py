@@ -52,7 +52,7 @@ def training_parser(description: str | None, ds_config: str) -> argparse.Argumen
     return parser
 
 
-def require(args: argparse.Namespace, parser: argparse.ArgumentParser, **examples: str) -> None:
+def require(args: argparse.Namespace, **examples: str) -> None:
     """Raise ConfigError with the complete command to type where one of these options is missing."""
     missing = [f"--{name}" for name in examples if not getattr(args, name)]
     if missing:

@@ -23,7 +23,7 @@ from megarq.planning.flops import training_flops
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build, run."""
     args = parser().parse_intermixed_args(argv)
-    cli.require(args, parser(), model="t2i-3.9b", data="CODES", output="RUN")
+    cli.require(args, model="t2i-3.9b", data="CODES", output="RUN")
     config = load_config(args.model, args.overrides, "rq-transformer")
     assert isinstance(config, RQTransformerRunConfig)
     with joined_session(config, args.ds_config, args.output) as session:

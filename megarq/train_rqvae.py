@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         given = getattr(args, name) or []
         setattr(args, name, [value for value in given if not OVERRIDE.match(value)])
         args.overrides += [value for value in given if OVERRIDE.match(value)]
-    cli.require(args, parser(), model="rqvae-8x8x4", data="'shards/*.tar'", output="RUN")
+    cli.require(args, model="rqvae-8x8x4", data="'shards/*.tar'", output="RUN")
     config = load_config(args.model, args.overrides, "rq-vae")
     assert isinstance(config, RQVAERunConfig)
     with joined_session(config, args.ds_config, args.output, partial(check_rqvae_run, config)) as session:

@@ -104,10 +104,10 @@ def _refuse_unknown(ds: Mapping[str, Any], path: Path) -> None:
     def walk(section: str, content: Mapping[str, Any]) -> None:
         for key, value in content.items():
             full = f"{section}.{key}" if section else key
-            if not section and key in _OURS_INSTEAD and not _is_off(value):
-                raise ConfigError(f"{path}: {key} is not taken from ds_config. Use {_OURS_INSTEAD[key]} instead.")
             if not section and key in _OURS_INSTEAD:
-                continue
+                if _is_off(value):
+                    continue
+                raise ConfigError(f"{path}: {key} is not taken from ds_config. Use {_OURS_INSTEAD[key]} instead.")
             if key not in known[section]:
                 raise ConfigError(f"{path}: unknown key {full}.{suggestion(key, known[section]) or ' Remove it.'}")
             if full not in known or (section and value is None):

@@ -11,8 +11,6 @@ from torch import nn
 from megarq.config.run import TrainConfig
 from megarq.parallel.topology import ProcessGroups
 
-logger = logging.getLogger(__name__)
-
 
 class ModelParallelUnit:
     """What DeepSpeed asks about tensor parallelism (its `mpu` argument)."""
