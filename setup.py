@@ -30,7 +30,16 @@ setup(
     extras_require={
         "eval": ["torch-fidelity>=0.3", "scipy"],
         "demo": ["scikit-learn", "matplotlib"],
-        "dev": ["import-linter", "mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML", "types-tqdm"],
+        "dev": [
+            "allpairspy",
+            "import-linter",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
         "mpi": ["mpi4py", "mpich"],
     },
 )

@@ -17,7 +17,7 @@ from megarq.config.load import load_config
 from megarq.config.run import RQTransformerRunConfig
 from megarq.engine.start import joined_session
 from megarq.engine.transformer_run import train_transformer
-from megarq.planning.flops import training_flops
+from megarq.planning.flops import layer_flops, training_flops
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             Path(args.data),
             Path(args.tokenizer) if args.tokenizer else None,
             Path(args.validation_data) if args.validation_data else None,
+            layer_flops(config.model),
             training_flops(config.model),
         )
 

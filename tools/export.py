@@ -16,7 +16,7 @@ def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE)
     arguments.add_argument("run", metavar="RUN", help="the --output of megarq/train.py or megarq/train_rqvae.py")
     arguments.add_argument("--output", required=True, metavar="FOLDER", help="the folder to write")
-    arguments.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    arguments.add_argument("--step", type=int, help="step of the checkpoint (default: the newest whole one)")
     arguments.add_argument(
         "--weights", choices=["ema", "param"], help="moving average or last step (default: ema where the run kept it)"
     )

@@ -10,33 +10,36 @@
 Worked example: a parameter [6, 4] under tp=2 (cut along dimension 0) and ZeRO over dp=2. Data rank 1 of tensor rank 0
 holds the flat range 6..11 of its [3, 4] slice: Fragment(shape=[6, 4], dim=0, part=0, parts=2, start=6), 6 numbers.
 
-Kinds: "param" (fp32 master weights), "exp_avg" and "exp_avg_sq" (Adam's moments), "ema", "buffer" (whole, from rank 0).
+Kinds: "param" (fp32 master weights), "exp_avg" and "exp_avg_sq" (Adam's moments), "ema", "buffer" (whole).
 """
 
 import hashlib
 import json
-import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megarq.checkpoint.rank_file import OpenFiles, StoredTensor, read_numbers, read_tensor_header, write_tensor_file
 from megarq.errors import CheckpointError
 
 VERSION = 1
 METADATA = "metadata.json"
 _HEADER = "fragments"
-_DAMAGED = "the checkpoint is damaged. Write the step before it into `latest` to go on from there."
+_DAMAGED = "the checkpoint is damaged. Use another step's folder."
+_BUFFER = 2**18
+"""Numbers that are read at once where only some of them are wanted."""
+_READERS = 8
+"""Threads that read files through."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Fragment:
     """Where a flat run of numbers lies in the full tensor."""
 
@@ -51,9 +54,63 @@ class Fragment:
     start: int = 0
     """First number, in the flattened slice."""
 
-    def slice_of(self, full: Tensor) -> Tensor:
-        """The slice of the full tensor that the fragment lies in."""
-        return full if self.parts == 1 else full.chunk(self.parts, self.dim)[self.part]
+
+class SharedRuns(NamedTuple):
+    """Numbers that two fragments share: `rows` runs of `width`."""
+
+    rows: int
+    width: int
+    first: int
+    """Where the first run begins, in the one fragment."""
+    other_first: int
+    """The same in the other fragment."""
+    step: int
+    """From one run to the next, in the one fragment."""
+    other_step: int
+    """The same in the other fragment."""
+
+
+def shared_runs(one: Fragment, count: int, other: Fragment, other_count: int) -> Iterator[SharedRuns]:
+    """What two fragments, of `count` and `other_count` numbers, share; they are cut along one dimension, or uncut.
+
+    Seen as [rows, row], row holding the cut dimension and those after it, a slice is a band of columns. The columns
+    that both bands have are a grid; each fragment covers one range of its cells, and the ends of the range both cover
+    may lie within a row.
+    """
+    if (one.part, one.parts) == (other.part, other.parts):
+        row, lefts = (prod(one.shape) // one.parts,) * 2, (0, 0)
+    else:
+        columns = prod(one.shape[one.dim if one.parts > 1 else other.dim :])
+        row = columns // one.parts, columns // other.parts
+        lefts = one.part * row[0], other.part * row[1]
+    left = max(lefts)
+    width = min(lefts[0] + row[0], lefts[1] + row[1]) - left
+    if width <= 0:
+        return
+
+    def cell(side: int, flat: int) -> int:
+        """The first cell of the grid at or after a number of a flattened slice."""
+        above, column = divmod(flat, row[side])
+        return above * width + min(max(lefts[side] + column - left, 0), width)
+
+    begin = max(cell(0, one.start), cell(1, other.start))
+    end = min(cell(0, one.start + count), cell(1, other.start + other_count))
+    first_row, last_row = -(-begin // width) * width, end // width * width
+    whole = ((begin, first_row), (first_row, last_row), (last_row, end))
+    for first, last in whole if first_row <= last_row else ((begin, end),):
+        if first < last:
+            above, column = divmod(first, width)
+            firsts = tuple(above * row[side] + left - lefts[side] + column for side in (0, 1))
+            rows = max((last - first) // width, 1)
+            yield SharedRuns(rows, min(last - first, width), firsts[0] - one.start, firsts[1] - other.start, *row)
+
+
+class _Piece(NamedTuple):
+    """A stored fragment."""
+
+    path: Path
+    place: Fragment
+    stored: StoredTensor
 
 
 def rank_file(rank: int) -> str:
@@ -65,24 +122,22 @@ def write_rank_file(folder: Path, rank: int, tensors: Mapping[str, tuple[Fragmen
     """Write one rank's fragments, keyed "<kind>/<name>"; returns the file's entry for the metadata."""
     path = folder / rank_file(rank)
     header = {key: asdict(fragment) for key, (fragment, _) in tensors.items()}
-    flat = {key: tensor.detach().reshape(-1).cpu().contiguous() for key, (_, tensor) in tensors.items()}
-    save_file(flat, path, metadata={_HEADER: json.dumps(header)})
-    with path.open("rb+") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
+    numbers = {key: tensor for key, (_, tensor) in tensors.items()}
+    digest = write_tensor_file(path, numbers, {_HEADER: json.dumps(header)})
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
 
 
 class Checkpoint:
-    """One checkpoint, opened for reading; tensors are read when asked for."""
+    """One checkpoint, opened for reading; numbers are read when asked for."""
 
     def __init__(self, folder: Path, metadata: dict[str, Any]) -> None:
         self.folder = folder
         self.metadata = metadata
-        self._places: dict[str, list[tuple[Path, Fragment]]] = defaultdict(list)
+        self._files = OpenFiles()
+        self._pieces: dict[str, list[_Piece]] = defaultdict(list)
         for entry in metadata["files"]:
-            for key, fragment in _read_header(folder / entry["name"]).items():
-                self._places[key].append((folder / entry["name"], fragment))
+            for key, piece in _read_header(folder / entry["name"]).items():
+                self._pieces[key].append(piece)
 
     @classmethod
     def open(cls, folder: str | Path) -> "Checkpoint":
@@ -115,46 +170,73 @@ class Checkpoint:
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
         """Read this rank's share of the files through. Raises CheckpointError where a byte is not the one written."""
-        for entry in self.metadata["files"][rank::world_size]:
-            path = self.folder / entry["name"]
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        entries = self.metadata["files"][rank::world_size]
+        with ThreadPoolExecutor(_READERS) as readers:
+            digests = list(readers.map(lambda entry: _digest(self.folder / entry["name"]), entries))
+        for entry, digest in zip(entries, digests, strict=True):
             if digest != entry["sha256"]:
+                path = self.folder / entry["name"]
                 raise CheckpointError(f"{path} has the sha256 {digest}, {entry['sha256']} was written: {_DAMAGED}")
 
     def names(self, kind: str = "param") -> list[str]:
         """Full names of the tensors of a kind, sorted."""
         prefix = f"{kind}/"
-        return sorted(key.removeprefix(prefix) for key in self._places if key.startswith(prefix))
+        return sorted(key.removeprefix(prefix) for key in self._pieces if key.startswith(prefix))
 
     def tensor(self, name: str, kind: str = "param") -> Tensor:
         """One full tensor, put together from its fragments. Raises CheckpointError where any part is missing."""
-        places = self._places.get(f"{kind}/{name}")
-        if not places:
-            raise CheckpointError(f"{self.folder} holds no {kind} of {name}: use a checkpoint of this model.")
-        shape, key = places[0][1].shape, f"{kind}/{name}"
-        slices: dict[tuple[int, int, int], Tensor] = {}
-        covered = 0
-        full: Tensor | None = None
-        for path, fragment in places:
-            with safe_open(path, "pt") as file:
-                numbers = file.get_tensor(key)
-            if full is None:
-                full = torch.empty(shape, dtype=numbers.dtype)
-            place = (fragment.dim, fragment.part, fragment.parts)
-            if place not in slices:
-                slices[place] = torch.empty_like(fragment.slice_of(full), memory_format=torch.contiguous_format)
-            slices[place].view(-1)[fragment.start : fragment.start + numbers.numel()] = numbers
-            covered += numbers.numel()
-        assert full is not None
-        if covered != prod(shape):
+        shape = self._stored(name, kind)[0].place.shape
+        return self.read(name, kind, Fragment(shape), prod(shape)).view(shape)
+
+    def read(self, name: str, kind: str, place: Fragment, count: int) -> Tensor:
+        """The `count` numbers [n] of a tensor that a fragment of this or another layout covers; no others are read.
+
+        Raises CheckpointError where the tensor has another shape, or any of the numbers is missing.
+        """
+        pieces = self._stored(name, kind)
+        cut = next((piece.place.dim for piece in pieces if piece.place.parts > 1), place.dim)
+        if pieces[0].place.shape != place.shape or (place.parts > 1 and place.dim != cut):
             raise CheckpointError(
-                f"{self.folder}: {kind} of {name} has {covered} of {prod(shape)} numbers. The checkpoint is damaged; "
-                "use another step's folder."
+                f"{self.folder}: {kind} of {name} has shape {list(pieces[0].place.shape)}, cut along {cut}, the "
+                f"model's is {list(place.shape)}, cut along {place.dim}. Resume with the configuration that the run "
+                "was started with."
             )
-        for (dim, part, parts), values in slices.items():
-            Fragment(shape, dim, part, parts).slice_of(full).copy_(values)
-        return full
+        numbers = torch.empty(count, dtype=pieces[0].stored.dtype)
+        found = 0
+        for piece in pieces:
+            for runs in shared_runs(piece.place, piece.stored.count, place, count):
+                self._copy(piece, runs, numbers)
+                found += runs.rows * runs.width
+        if found != count:
+            raise CheckpointError(
+                f"{self.folder}: {kind} of {name} has {found} of {count} numbers. The checkpoint is damaged; use "
+                "another step's folder."
+            )
+        return numbers
+
+    def close(self) -> None:
+        """Close the files; reading opens them again. The space of a removed checkpoint is free only then."""
+        self._files.close()
+
+    def _stored(self, name: str, kind: str) -> list[_Piece]:
+        if f"{kind}/{name}" not in self._pieces:
+            raise CheckpointError(f"{self.folder} holds no {kind} of {name}: use a checkpoint of this model.")
+        return self._pieces[f"{kind}/{name}"]
+
+    def _copy(self, piece: _Piece, runs: SharedRuns, numbers: Tensor) -> None:
+        """Read runs into their places in `numbers`; short ones many at a time, with what lies between them."""
+        file = self._files.get(piece.path)
+        at_once = max(_BUFFER // runs.step, 1)
+        for row in range(0, runs.rows, at_once):
+            rows = min(at_once, runs.rows - row)
+            source, target = runs.first + row * runs.step, runs.other_first + row * runs.other_step
+            if rows == 1:
+                read_numbers(file, piece.stored, source, numbers[target : target + runs.width])
+                continue
+            buffer = torch.empty((rows - 1) * runs.step + runs.width, dtype=numbers.dtype)
+            read_numbers(file, piece.stored, source, buffer)
+            band = buffer.as_strided((rows, runs.width), (runs.step, 1))
+            numbers.as_strided((rows, runs.width), (runs.other_step, 1), target).copy_(band)
 
 
 def _is_file_entry(entry: Any) -> bool:
@@ -164,10 +246,18 @@ def _is_file_entry(entry: Any) -> bool:
     return isinstance(entry["name"], str) and Path(entry["name"]).name == entry["name"]
 
 
-def _read_header(path: Path) -> dict[str, Fragment]:
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_header(path: Path) -> dict[str, _Piece]:
     try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})[_HEADER])
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        metadata, stored = read_tensor_header(path)
+        places = json.loads(metadata[_HEADER])
+        return {
+            key: _Piece(path, Fragment(**{**places[key], "shape": tuple(places[key]["shape"])}), stored[key])
+            for key in stored
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): {_DAMAGED}") from error
-    return {key: Fragment(**{**fields, "shape": tuple(fields["shape"])}) for key, fields in header.items()}

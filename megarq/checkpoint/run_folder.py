@@ -1,20 +1,17 @@
-"""The checkpoints of a run: publishing one, finding the newest, keeping only so many."""
+"""The checkpoints of a run: their names, and the newest whole one."""
 
-import json
-import os
-import shutil
-from collections.abc import Mapping
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from megarq.checkpoint.format import METADATA, VERSION, Checkpoint, Fragment, write_rank_file
+from megarq.checkpoint.format import Checkpoint
 from megarq.errors import CheckpointError
-from megarq.files import write_atomically
-from megarq.parallel.together import Gather, gather_objects, together
+from megarq.parallel.together import Gather
 
 LATEST = "latest"
+
+logger = logging.getLogger(__name__)
 
 
 def checkpoints_folder(run: str | Path) -> Path:
@@ -27,93 +24,68 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def latest_checkpoint(run: str | Path) -> Checkpoint | None:
-    """The checkpoint that `latest` names; None where the run has none. Raises CheckpointError where it is damaged."""
-    pointer = checkpoints_folder(run) / LATEST
-    if not pointer.exists():
-        return None
-    name = pointer.read_text(encoding="utf-8").strip()
-    if not name.startswith("step-") or "/" in name:
-        raise CheckpointError(f"{pointer} says {name!r}: expected a name such as {step_name(120)}.")
-    return Checkpoint.open(pointer.parent / name)
+def alone(value: Any) -> list[Any]:
+    """The all-gather of a single process."""
+    return [value]
+
+
+def newest_checkpoint(run: str | Path, rank: int = 0, world_size: int = 1, gather: Gather = alone) -> Checkpoint | None:
+    """The newest whole checkpoint, every byte of it verified by the ranks together; the same one on all of them.
+
+    It is the one that `latest` names or, where that is damaged, one before it, with a warning. Steps after `latest`
+    were left behind by a run that was taken back; they count only where there is no `latest`.
+
+    Returns None where the run has no checkpoint. Raises CheckpointError where none is whole.
+    """
+    root = checkpoints_folder(run)
+    names = gather(_candidates(root))[0]
+    problems: list[str] = []
+    for name in names:
+        checkpoint, problem = None, None
+        try:
+            checkpoint = Checkpoint.open(root / name)
+            checkpoint.verify(rank, world_size)
+        except (CheckpointError, OSError) as error:
+            problem = str(error)
+        found = [other for other in gather(problem) if other is not None]
+        if checkpoint is not None and not found:
+            if problems and rank == 0:
+                logger.warning("%s is the newest whole checkpoint", checkpoint.folder)
+            return checkpoint
+        problems += found[:1]
+        if rank == 0:
+            logger.warning("%s is passed over: %s", name, found[0])
+    if problems:
+        raise CheckpointError(
+            f"{root} holds no whole checkpoint, of {len(names)} ({problems[0]}). Copy a whole one back, or start again "
+            "in another --output."
+        )
+    return None
 
 
 def checkpoint_at(run: str | Path, step: int | None = None) -> Checkpoint:
-    """The checkpoint of a step, or the newest. Raises CheckpointError where there is none."""
-    if step is not None:
-        folder = checkpoints_folder(run) / step_name(step)
-        if not folder.is_dir():
-            kept = sorted(path.name for path in checkpoints_folder(run).glob("step-*"))
-            raise CheckpointError(
-                f"{folder} does not exist: the run keeps {', '.join(kept) or 'no checkpoint'}. Give another step."
-            )
-        return Checkpoint.open(folder)
-    newest = latest_checkpoint(run)
-    if newest is None:
-        raise CheckpointError(f"{run} holds no checkpoint: give the --output folder of a training run.")
-    return newest
+    """The checkpoint of a step, or the newest whole one, verified. Raises CheckpointError where there is none."""
+    if step is None:
+        newest = newest_checkpoint(run)
+        if newest is None:
+            raise CheckpointError(f"{run} holds no checkpoint: give the --output folder of a training run.")
+        return newest
+    folder = checkpoints_folder(run) / step_name(step)
+    if not folder.is_dir():
+        kept = sorted(path.name for path in checkpoints_folder(run).glob("step-*"))
+        raise CheckpointError(
+            f"{folder} does not exist: the run keeps {', '.join(kept) or 'no checkpoint'}. Give another step."
+        )
+    checkpoint = Checkpoint.open(folder)
+    checkpoint.verify()
+    return checkpoint
 
 
-def publish_checkpoint(
-    run: str | Path,
-    step: int,
-    tensors: Mapping[str, tuple[Fragment, Tensor]],
-    metadata: Mapping[str, Any],
-    keep: int,
-    rank: int,
-    gather: Gather = gather_objects,
-) -> None:
-    """Save a step, collectively: all ranks write their files under a temporary name, rank 0 then gives it its name.
-
-    Args:
-        run: the run's folder.
-        step: optimiser steps done.
-        tensors: this rank's fragments, keyed "<kind>/<name>".
-        metadata: what else a resumed run needs; the same on all ranks.
-        keep: newest checkpoints left on disk; 0 keeps all.
-        rank: this rank; 0 publishes.
-        gather: an all-gather of a Python object over all ranks.
-
-    Raises on all ranks where one cannot write: OSError there, MegarqError elsewhere. `latest` then names what it did.
-    """
-    root = checkpoints_folder(run)
-    temporary, final = root / f".{step_name(step)}.tmp", root / step_name(step)
-
-    def prepare() -> None:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-
-    def publish() -> None:
-        if rank > 0:
-            return
-        document = {"format": "megarq-checkpoint", "version": VERSION, "step": step, "files": files, **metadata}
-        write_atomically(temporary / METADATA, json.dumps(document, indent=1))
-        replaced = root / f".{final.name}.replaced"
-        shutil.rmtree(replaced, ignore_errors=True)
-        if final.exists():
-            final.rename(replaced)
-        temporary.rename(final)
-        _sync_folder(root)
-        write_atomically(root / LATEST, f"{final.name}\n")
-        shutil.rmtree(replaced, ignore_errors=True)
-        _prune(root, final.name, keep)
-
-    together(prepare, gather)
-    files = together(lambda: write_rank_file(temporary, rank, tensors), gather)
-    together(publish, gather)
-
-
-def _prune(root: Path, newest: str, keep: int) -> None:
-    """Later steps, of a run that was taken back to an earlier one, stay until they are written again."""
-    steps = sorted(path for path in root.glob("step-*") if path.name <= newest)
-    for folder in steps[:-keep] if keep else []:
-        shutil.rmtree(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _candidates(root: Path) -> list[str]:
+    """Names of steps in the order to try them."""
+    steps = sorted((path.name for path in root.glob("step-*")), reverse=True)
+    pointer = root / LATEST
+    named = pointer.read_bytes().decode(errors="replace").strip() if pointer.exists() else ""
+    if re.fullmatch(r"step-\d{8,}", named):
+        return [named, *(name for name in steps if name < named)]
+    return steps

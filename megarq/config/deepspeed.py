@@ -5,6 +5,7 @@ that names both. DeepSpeed ignores unknown keys at its top level in silence; her
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from megarq.config.names import suggestion
 from megarq.config.run import ParallelConfig, TrainConfig
 from megarq.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 _OURS_INSTEAD = {
     "activation_checkpointing": "train.activation_checkpointing=true",
@@ -49,8 +52,11 @@ _SECTIONS = {
         "detailed",
         "output_file",
     },
+    "pipeline": {"pipe_partitioned", "grad_partitioned"},
     "aio": {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"},
 }
+
+_OFFLOADS = ("offload_optimizer", "offload_param")
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
@@ -171,7 +177,12 @@ def resolve_ds_config(
     resolved["bf16"] = bf16
     resolved.setdefault("communication_data_type", "fp32")
     resolved["data_types"] = {"grad_accum_dtype": "fp32"} | resolved.get("data_types", {})
-    resolved["zero_optimization"] = _without_auto(_zero(ds.get("zero_optimization", {}), parallel))
+    check_zero(ds, parallel, data_parallel)
+    zero = ds.get("zero_optimization", {})
+    if zero.get("stage", 1) == 0:
+        logger.warning("zero_optimization.stage=0 runs as stage 1: DeepSpeed's stage 0 reports no gradient norm.")
+    resolved["zero_optimization"] = _without_auto({**zero, "stage": max(1, zero.get("stage", 1))})
+    _fill_pipeline(resolved, parallel)
     resolved.setdefault("zero_allow_untested_optimizer", True)
     resolved["zero_force_ds_cpu_optimizer"] = False
     resolved.setdefault("steps_per_print", 10**12)
@@ -237,7 +248,22 @@ def _check_optimizer(optimizer: Mapping[str, Any], train: TrainConfig) -> None:
             )
 
 
-def _zero(zero: Mapping[str, Any], parallel: ParallelConfig) -> dict[str, Any]:
+def _fill_pipeline(resolved: dict[str, Any], parallel: ParallelConfig) -> None:
+    """Activations and gradients travel whole between stages: DeepSpeed cuts only the first tensor of a state."""
+    pipeline = resolved.pop("pipeline", {})
+    for key in _SECTIONS["pipeline"]:
+        if pipeline.get(key, False) is not False:
+            raise ConfigError(
+                f"ds_config says pipeline.{key}={json.dumps(pipeline[key])}: DeepSpeed would cut one tensor of those "
+                "that travel between stages and assert that there is no other. Set it to false."
+            )
+    if parallel.pp > 1:
+        resolved["pipeline"] = dict.fromkeys(sorted(_SECTIONS["pipeline"]), False)
+
+
+def check_zero(ds: Mapping[str, Any], parallel: ParallelConfig, data_parallel: int) -> None:
+    """Raise ConfigError where the section zero_optimization, as read, is not for this layout."""
+    zero = ds.get("zero_optimization", {})
     stage = zero.get("stage", 1)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"ds_config says zero_optimization.stage={stage!r}: use 1, 2 or 3.")
@@ -246,5 +272,64 @@ def _zero(zero: Mapping[str, Any], parallel: ParallelConfig) -> dict[str, Any]:
             f"parallel.pp={parallel.pp} with ZeRO stage {stage}: DeepSpeed pipelines allow stages 0 and 1. "
             "Use --ds_config zero1.json or parallel.pp=1."
         )
-    # Stage 0 reports no gradient norm, and counts it wrongly under tensor parallelism: it runs as stage 1.
-    return {**zero, "stage": max(1, stage)}
+    if stage == 0 and parallel.tp * parallel.pp > 1:
+        raise ConfigError(
+            f"parallel.tp={parallel.tp}, parallel.pp={parallel.pp} with ZeRO stage 0: it counts the gradient norm of "
+            "only some ranks, and so clips wrongly. Use --ds_config zero1.json."
+        )
+    _check_offload(zero, stage, parallel)
+    _check_secondary(zero, stage, parallel, data_parallel)
+
+
+def _check_offload(zero: Mapping[str, Any], stage: int, parallel: ParallelConfig) -> None:
+    for name in _OFFLOADS:
+        section = zero.get(name) or {}
+        device = section.get("device", "none")
+        if device == "nvme":
+            raise ConfigError(
+                f"ds_config says zero_optimization.{name}.device=nvme: checkpoints read the states where they lie, and "
+                'those on NVMe are out of reach. Use "cpu".'
+            )
+        if device != "cpu":
+            continue
+        if parallel.pp > 1:
+            raise ConfigError(
+                f"parallel.pp={parallel.pp} with zero_optimization.{name}: DeepSpeed pipelines keep all states on the "
+                "device. Remove the section or use parallel.pp=1."
+            )
+        if name == "offload_param" and stage != 3:
+            raise ConfigError(
+                f"ds_config says zero_optimization.offload_param with stage {stage}: only stage 3 cuts parameters. "
+                "Use --ds_config zero3-offload.json or remove the section."
+            )
+        if section.get("ratio", 1.0) != 1.0 or section.get("super_offload"):
+            raise ConfigError(
+                f"ds_config says zero_optimization.{name} with ratio={section.get('ratio', 1.0)}, super_offload="
+                f"{json.dumps(section.get('super_offload', False))}: both need DeepSpeed's own Adam, and torch's runs "
+                "here. Remove the keys."
+            )
+
+
+def _check_secondary(zero: Mapping[str, Any], stage: int, parallel: ParallelConfig, data_parallel: int) -> None:
+    """Rules of ZeRO++ hpZ, a second copy of the parameters cut over the ranks of a node."""
+    size = zero.get("zero_hpz_partition_size", 1)
+    if size in ("auto", 0, 1):
+        return
+    said = f"ds_config says zero_optimization.zero_hpz_partition_size={size}"
+    if stage != 3:
+        raise ConfigError(f"{said} with stage {stage}: only stage 3 gathers parameters. Use stage 3 or remove the key.")
+    if parallel.tp > 1:
+        raise ConfigError(
+            f"{said} with parallel.tp={parallel.tp}: DeepSpeed takes neighbouring ranks, which hold different slices "
+            "of each layer. Use parallel.tp=1 or remove the key."
+        )
+    if data_parallel % size:
+        raise ConfigError(
+            f"{said}, which does not divide the {data_parallel} data-parallel ranks. Use the number of GPUs of a node."
+        )
+
+
+def offloads(ds: Mapping[str, Any]) -> bool:
+    """Whether optimiser states, or parameters too, are kept in CPU memory."""
+    zero = ds.get("zero_optimization", {})
+    return any((zero.get(name) or {}).get("device") == "cpu" for name in _OFFLOADS)

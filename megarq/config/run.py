@@ -41,6 +41,10 @@ class TrainConfig:
     """Recompute each block in the backward pass instead of storing its activations."""
     ema_decay: float | None = None
     """Decay of a moving average of the weights; none by default."""
+    kernels: str = "auto"
+    """Of LayerNorm and AdamW: "torch", "apex" (NVIDIA's, on CUDA), or "auto": apex's where there is one."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
 
     def validate(self) -> None:
         """Raise ConfigError where a value cannot be run."""
@@ -48,6 +52,8 @@ class TrainConfig:
             raise ConfigError(f"train.precision={self.precision!r}: use bf16 or fp32.")
         if self.schedule not in ("cosine", "constant"):
             raise ConfigError(f"train.schedule={self.schedule!r}: use cosine or constant.")
+        if self.kernels not in ("auto", "torch", "apex"):
+            raise ConfigError(f"train.kernels={self.kernels!r}: use auto, torch or apex.")
         if self.steps is None and self.epochs is None:
             raise ConfigError("train.steps and train.epochs are both unset: give one, for example train.steps=50000.")
         if len(self.betas) != 2:
@@ -66,10 +72,31 @@ class ParallelConfig:
     """Tensor-parallel size: ranks that share each layer."""
     pp: int = 1
     """Pipeline-parallel size: ranks that share the list of layers."""
+    sequence: bool = False
+    """Cut the tokens over the tensor-parallel ranks wherever the layers are not cut: LayerNorm, dropout, residuals."""
+    sharded_init: bool = True
+    """Under ZeRO-3, cut each parameter over the ranks as soon as its layer is built: no rank ever holds the model."""
 
     def validate(self) -> None:
         """Raise ConfigError where a value cannot be run."""
         check_ranges("parallel", self, tp=COUNT, pp=COUNT)
+        if self.sequence and self.tp == 1:
+            raise ConfigError(
+                "parallel.sequence=true with parallel.tp=1: the tokens are cut over the tensor-parallel ranks. "
+                "Set parallel.tp to 2 or more, or parallel.sequence=false."
+            )
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Ranks that read different samples, of so many in all. Raises ConfigError where they cannot be arranged so."""
+        if self.tp < 1 or self.pp < 1:
+            raise ConfigError(f"parallel.tp={self.tp}, parallel.pp={self.pp}: use 1 or more for each.")
+        model_parallel = self.tp * self.pp
+        if world_size % model_parallel:
+            raise ConfigError(
+                f"parallel.tp={self.tp} x parallel.pp={self.pp} = {model_parallel} does not divide the {world_size} "
+                f"ranks started. Start a multiple of {model_parallel} ranks or lower tp or pp."
+            )
+        return world_size // model_parallel
 
 
 @dataclass
@@ -118,6 +145,8 @@ class CheckpointConfig:
     """Steps between checkpoints (the last step is always saved)."""
     keep: int = 2
     """Newest checkpoints kept on disk; 0 keeps all."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written, from a copy of it in CPU memory; where that is too small, wait."""
 
     def validate(self) -> None:
         """Raise ConfigError where a value cannot be run."""

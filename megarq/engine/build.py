@@ -1,15 +1,23 @@
 """From a module and a configuration to a DeepSpeed engine."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
+from megarq.config.deepspeed import zero_stage
 from megarq.config.run import TrainConfig
+from megarq.engine.fragments import is_sharded
+from megarq.engine.kernels import Kernels, choose_kernels
+from megarq.engine.pipeline import pipeline_module
 from megarq.parallel.topology import ProcessGroups
+from megarq.transformer.blocks import Block
 
 
 class ModelParallelUnit:
@@ -49,6 +57,49 @@ class ModelParallelUnit:
     get_tensor_model_parallel_group = get_model_parallel_group
 
 
+@contextmanager
+def construction(
+    ds: Mapping[str, Any], groups: ProcessGroups, device: torch.device, enabled: bool = True
+) -> Iterator[None]:
+    """While the body builds a module for ZeRO-3, cut each layer's parameters as soon as the layer joins its parent.
+
+    No rank then ever holds more than its part and one layer. `fragments.write_sharded` gives the parameters their
+    values; buffers stay whole. Without ZeRO-3, or where it is not `enabled`, nothing happens.
+
+    Args:
+        ds: DeepSpeed's configuration, complete.
+        groups: this rank's process groups; parameters are cut over its data-parallel ranks.
+        device: where to train.
+        enabled: `parallel.sharded_init`.
+    """
+    if not enabled or zero_stage(ds) < 3:
+        yield
+        return
+    deepspeed = import_deepspeed(device)
+    deepspeed.init_distributed(dist_init_required=False)
+    dtype = torch.bfloat16 if ds["bf16"]["enabled"] else torch.float32
+    first: Any = None
+
+    def cut(parent: nn.Module, name: str, layer: nn.Module | None) -> None:
+        nonlocal first
+        whole = [p for p in layer.parameters() if not is_sharded(p)] if layer is not None else []
+        for parameter in whole:
+            parameter.data = parameter.data.to(dtype)
+        if whole and first is None:
+            mpu = _mpu(groups)
+            data = groups.data if mpu else None
+            deepspeed.zero.Init(layer, data_parallel_group=data, config_dict_or_path=dict(ds), mpu=mpu)
+            first = whole[0]
+        elif whole:
+            first.convert_to_zero_parameters(param_list=whole)
+
+    hook = register_module_module_registration_hook(cut)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def build_engine(
     module: nn.Module,
     train: TrainConfig,
@@ -61,27 +112,44 @@ def build_engine(
 
     Args:
         module: initialised parameters, on any device.
-        train: learning rate, betas, weight decay.
+        train: learning rate, betas, weight decay, kernels.
         ds: DeepSpeed's configuration, complete (`resolve_ds_config`).
         groups: this rank's process groups; the default group exists already.
         decayed: whether a parameter of this name has weight decay.
         device: where to train.
     """
     deepspeed = import_deepspeed(device)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(module, train.weight_decay, decayed),
-        lr=train.lr,
-        betas=(train.betas[0], train.betas[1]),
-        fused=device.type == "cuda",
-    )
-    engine, *_ = deepspeed.initialize(
-        model=module.to(device),
-        optimizer=optimizer,
-        config=dict(ds),
-        mpu=ModelParallelUnit(groups) if groups.tensor.size > 1 else None,
-        dist_init_required=False,
-    )
+    deepspeed.init_distributed(dist_init_required=False)
+    module.to(device)
+    optimizer = prepare(module, train, decayed, choose_kernels(train.kernels, device, ds))
+    with redirect_stdout(StringIO()):  # its bf16 optimiser prints the memory in use at every turn
+        engine, *_ = deepspeed.initialize(
+            model=module if groups.topology.pp == 1 else pipeline_module(module, groups.topology),
+            optimizer=optimizer,
+            config=dict(ds),
+            mpu=_mpu(groups),
+            dist_init_required=False,
+        )
     return engine
+
+
+def prepare(
+    module: nn.Module, train: TrainConfig, decayed: Callable[[str], bool], kernels: Kernels
+) -> torch.optim.Optimizer:
+    """AdamW for the module, whose norms have their kernels and whose blocks are compiled where that is asked for."""
+    kernels.apply(module)
+    if train.compile:
+        for layer in module.modules():
+            if isinstance(layer, Block):
+                layer.compile()
+    return kernels.adamw(
+        parameter_groups(module, train.weight_decay, decayed), lr=train.lr, betas=(train.betas[0], train.betas[1])
+    )
+
+
+def _mpu(groups: ProcessGroups) -> ModelParallelUnit | None:
+    """A pipeline's engine takes its groups from the pipeline module instead."""
+    return ModelParallelUnit(groups) if groups.tensor.size > 1 and groups.topology.pp == 1 else None
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, decayed: Callable[[str], bool]) -> list[dict[str, Any]]:

@@ -10,12 +10,34 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from megarq.checkpoint.format import Fragment
+from megarq.engine.pipeline import trained_module
 from megarq.parallel.topology import TensorGroup
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 has cut the parameter over the data-parallel ranks."""
+    return hasattr(parameter, "ds_id")
+
+
+@torch.no_grad()
+def write_sharded(parameter: Any, value: Tensor) -> None:
+    """Set a parameter, cut by ZeRO-3 or not, from this tensor rank's whole value; before or in training."""
+    if not is_sharded(parameter):
+        parameter.data.copy_(value)
+        return
+    size = parameter.ds_tensor.ds_numel
+    own = value.reshape(-1)[parameter.ds_zero_partition_rank * size :][:size]
+    parameter.ds_tensor.data[: own.numel()].copy_(own)
+    parameter.ds_secondary_tensor = None  # hpZ's copy inside a node: made anew from ds_tensor when next gathered
+    if parameter.data.numel() == value.numel():
+        parameter.data.copy_(value)
 
 
 @dataclass
@@ -36,11 +58,6 @@ class LocalFragment:
         """A view [n] of one of Adam's moments."""
         return optimizer.state[self.flat][kind].view(-1)[self.offset : self.offset + self.master.numel()]
 
-    def of(self, full: Tensor) -> Tensor:
-        """This rank's numbers [n] of a full tensor."""
-        values = self.place.slice_of(full).reshape(-1)
-        return values[self.place.start : self.place.start + self.master.numel()]
-
 
 class Fragments:
     """All parts of parameters that this rank's optimiser owns."""
@@ -54,7 +71,7 @@ class Fragments:
         self.items = list(self._partitioned() if self.sharded_parameters else self._replicated())
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, p) for name, p in self._engine.module.named_parameters() if p.requires_grad)
+        return ((name, p) for name, p in trained_module(self._engine).named_parameters() if p.requires_grad)
 
     def _place(self, parameter: nn.Parameter, shape: torch.Size, start: int) -> Fragment:
         dim = getattr(parameter, "partition_dim", None)
@@ -95,37 +112,35 @@ class Fragments:
             yield LocalFragment(name, parameter, place, master, flat, offset)
 
     def optimizer_step(self) -> int:
-        """Updates that Adam has made."""
-        for state in self.optimizer.state.values():
-            if "step" in state:
-                return int(state["step"])
-        return 0
+        """Updates that Adam has made: torch's counts them for each tensor, apex's for each group."""
+        counters = (*self.optimizer.state.values(), *self.optimizer.param_groups)
+        return next((int(counter["step"]) for counter in counters if "step" in counter), 0)
 
     def create_moments(self, step: int) -> None:
         """Give the optimiser its state, zero, as after `step` updates; the engine creates it only in its first step."""
         for flat in {id(item.flat): item.flat for item in self.items}.values():
-            self.optimizer.state[flat] = {
-                "step": torch.tensor(float(step), device=flat.device if _fused(self.optimizer) else "cpu"),
-                **{kind: torch.zeros_like(flat) for kind in MOMENTS},
-            }
+            self.optimizer.state[flat] = {kind: torch.zeros_like(flat) for kind in MOMENTS}
+            if isinstance(self.optimizer, torch.optim.AdamW):
+                device = flat.device if self.optimizer.defaults["fused"] else "cpu"
+                self.optimizer.state[flat]["step"] = torch.tensor(float(step), device=device)
+        if not isinstance(self.optimizer, torch.optim.AdamW):
+            for group in self.optimizer.param_groups:
+                group["step"] = step
 
     @torch.no_grad()
-    def write_parameter(self, name: str, full: Tensor) -> None:
-        """Set the module's own (bf16 or fp32) parameter from the full tensor, whichever part of it is held here."""
-        parameter = self._engine.module.get_parameter(name)
-        place = self._place(parameter, getattr(parameter, "ds_shape", parameter.shape), 0)
-        local = place.slice_of(full)
-        if not self.sharded_parameters:
-            parameter.data.copy_(local)
-            return
-        partition = parameter.ds_tensor
-        size = partition.ds_numel
-        start = self._engine.optimizer._get_param_partition_rank(parameter) * size
-        values = local.reshape(-1)[start : start + size]
-        partition.data[: values.numel()].copy_(values)
-        if parameter.data.numel() == local.numel():
-            parameter.data.copy_(local)
-
-
-def _fused(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
+    def refresh_parameters(self, group: ProcessGroup | None) -> None:
+        """Set the module's own (bf16 or fp32) parameters from the masters of all ranks of the data-parallel `group`."""
+        items = {item.name: item for item in self.items}
+        for name, parameter in self._named():
+            item, whole = items.get(name), parameter.data
+            if self.sharded_parameters:
+                parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
+                if item is not None:
+                    parameter.ds_tensor.data[: item.master.numel()].copy_(item.master)  # type: ignore[attr-defined]
+                if parameter.ds_status.name != "AVAILABLE":  # type: ignore[attr-defined]
+                    continue
+            # Each number is on one rank alone: with zeros elsewhere their sum is the whole parameter, exactly.
+            whole.zero_()
+            if item is not None:
+                whole.view(-1)[item.place.start :][: item.master.numel()].copy_(item.master)
+            dist.all_reduce(whole, group=group)

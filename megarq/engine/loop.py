@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarq.checkpoint.run_folder import publish_checkpoint
+from megarq.checkpoint.writer import CheckpointWriter
 from megarq.config.run import CheckpointConfig, LogConfig, TrainConfig
 from megarq.data.order import LoaderState
 from megarq.engine.metrics import MetricsLog, Speed, console_line, memory_gib
+from megarq.engine.passes import Passes
 from megarq.engine.schedule import learning_rate
 from megarq.engine.state import EngineState
 from megarq.parallel.initialization import derived_seed
@@ -38,8 +39,9 @@ class Task(Protocol):
         """Equal parts of a rank's share, in order."""
         ...
 
-    def losses(self, micro_batch: Any) -> dict[str, Tensor]:
-        """Scalars of one micro-batch; "loss" is the one that is minimised."""
+    @property
+    def passes(self) -> Passes:
+        """How micro-batches go forward and backward; the term "loss" is the one that is minimised."""
         ...
 
     def validate(self) -> dict[str, float] | None:
@@ -80,10 +82,12 @@ class Trainer:
         groups: ProcessGroups,
         device: torch.device,
         log: MetricsLog,
+        writer: CheckpointWriter,
         start_step: int = 0,
     ) -> None:
         self.plan, self.engine, self.state, self.task = plan, engine, state, task
         self.groups, self.device, self.log, self.step = groups, device, log, start_step
+        self.writer = writer
         self._speed = Speed()
 
     def fit(self, batches: Iterable[Batch]) -> None:
@@ -111,20 +115,15 @@ class Trainer:
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
         engine.train()
-        sums: dict[str, Tensor] = {}
-        for index, micro in enumerate(self.task.micro_batches(batch, self.plan.accumulation)):
-            # Dropout is a function of the step, not of what ran before: a checkpoint stores no random state.
-            torch.manual_seed(derived_seed(train.seed, self.step, index, self.groups.topology.data_rank))
-            terms = self.task.losses(micro)
-            engine.backward(terms["loss"])
-            engine.step()
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0) + value.detach().float()
+        micro_batches = self.task.micro_batches(batch, self.plan.accumulation)
+        place = self.groups.topology.data_rank
+        seeds = [derived_seed(train.seed, self.step, index, place) for index in range(len(micro_batches))]
+        terms = self.task.passes.train(micro_batches, seeds)
         self.state.update_ema()
-        means = torch.stack(list(sums.values())) / self.plan.accumulation
+        means = torch.stack(list(terms.values()))
         self._mean_over_data(means)
         norm = engine.get_global_grad_norm()
-        return dict(zip(sums, means.tolist(), strict=True)) | {"grad_norm": float(norm), "lr": rate}
+        return dict(zip(terms, means.tolist(), strict=True)) | {"grad_norm": float(norm), "lr": rate}
 
     def _mean_over_data(self, values: Tensor) -> None:
         dist.all_reduce(values, group=self.groups.data)
@@ -174,13 +173,5 @@ class Trainer:
             **self.state.metadata(),
             "loader": asdict(batch.state),
         }
-        publish_checkpoint(
-            self.plan.run,
-            self.step,
-            self.state.tensors(),
-            metadata,
-            self.plan.checkpoint.keep,
-            self.groups.topology.rank,
-        )
-        self.log.say(f"step {self.step}: checkpoint saved")
+        self.writer.save(self.step, self.state.tensors(), metadata)
         self._speed.skip()

@@ -14,6 +14,7 @@ from megarq.config.deepspeed import zero_stage
 from megarq.config.run import RQVAERunConfig
 from megarq.data.files import expand_shards
 from megarq.data.images import ImageBatch, ImageLoader
+from megarq.engine.passes import PlainPasses
 from megarq.engine.session import Session
 from megarq.errors import ConfigError
 from megarq.parallel.topology import ProcessGroups
@@ -28,11 +29,13 @@ def check_rqvae_run(config: RQVAERunConfig, ds: Mapping[str, Any]) -> None:
             "ZeRO stage 3 for an RQ-VAE: its codebook is updated in place and read outside the layers that stage 3 "
             "gathers parameters for. Use --ds_config zero1.json or zero2.json."
         )
-    if config.parallel.tp * config.parallel.pp > 1:
+    if config.parallel.tp * config.parallel.pp > 1 or config.parallel.sequence:
         raise ConfigError(
             f"parallel.tp={config.parallel.tp}, parallel.pp={config.parallel.pp}: an RQ-VAE of 100M parameters is "
-            "trained data-parallel. Set both to 1."
+            "trained data-parallel. Set both to 1, and parallel.sequence=false."
         )
+    if config.train.compile:
+        raise ConfigError("train.compile=true: it compiles transformer blocks, which an RQ-VAE has none of. Remove it.")
     for name in ("perceptual_weight", "adversarial_weight"):
         if getattr(config.loss, name):
             raise ConfigError(
@@ -92,6 +95,7 @@ class RQVAETask:
         self._engine, self._config, self._validation = engine, config, validation
         self._groups, self._device = groups, device
         self._loss = RQVAELoss(config.loss.reconstruction, config.loss.commitment_weight)
+        self.passes = PlainPasses(engine, self.losses)
 
     def micro_batches(self, batch: ImageBatch, count: int) -> list[Tensor]:
         """Equal parts [b, 3, R, R] of a rank's share, in order."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,21 @@ import torch
 from torch import nn
 
 from megarq.checkpoint.format import Checkpoint
-from megarq.checkpoint.run_folder import latest_checkpoint
+from megarq.checkpoint.run_folder import newest_checkpoint
+from megarq.checkpoint.writer import CheckpointWriter
 from megarq.config.deepspeed import batch_sizes
 from megarq.config.load import save_config
 from megarq.config.run import RQTransformerRunConfig, RQVAERunConfig
 from megarq.data.order import LoaderState
 from megarq.engine.build import build_engine
+from megarq.engine.kernels import choose_kernels
 from megarq.engine.loop import Batch, RunPlan, Task, Trainer
 from megarq.engine.metrics import MetricsLog, peak_tflops
 from megarq.engine.schedule import run_length
 from megarq.engine.state import EngineState
 from megarq.errors import ConfigError
 from megarq.files import write_atomically
-from megarq.parallel.together import together
+from megarq.parallel.together import gather_objects, together
 from megarq.parallel.topology import ProcessGroups, Topology
 
 RESOLVED = "config.resolved.yaml"
@@ -53,14 +55,12 @@ class Session:
     ) -> "Session":
         """Create the groups and the run's folder, or find the checkpoint to go on from; every rank calls this.
 
-        Raises ConfigError where the folder holds a run of another model, CheckpointError for a damaged checkpoint.
+        Raises ConfigError where the folder holds a run of another model, CheckpointError where no checkpoint is whole.
         """
-        groups = ProcessGroups.build(topology)
-        checkpoint = latest_checkpoint(run)
+        groups = ProcessGroups.build(topology, config.parallel.sequence)
+        checkpoint = newest_checkpoint(run, topology.rank, topology.world_size, gather_objects)
         if checkpoint is not None:
             _check_same_model(checkpoint, config, run)
-            verify = checkpoint.verify
-            together(lambda: verify(topology.rank, topology.world_size))
         session = cls(config, ds, run, groups, device, checkpoint)
         session.keep_beside(lambda run: save_config(config, run / RESOLVED))
         return session
@@ -89,6 +89,7 @@ class Session:
         samples_per_epoch: int,
         flops_per_image: float,
         metadata: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         """Build the engine, take over the checkpoint, and fit.
 
@@ -100,10 +101,11 @@ class Session:
             samples_per_epoch: for lengths given in epochs.
             flops_per_image: of a training step, for the MFU.
             metadata: what else every checkpoint should say.
+            notes: lines for the log, said when the run opens.
         """
         config, topology = self.config, self.groups.topology
         engine = build_engine(module, config.train, self.ds, self.groups, decayed, self.device)
-        state = EngineState(engine, self.groups.tensor, config.train.ema_decay, topology.rank)
+        state = EngineState(engine, self.groups, config.train.ema_decay)
         step = 0
         if self.checkpoint is not None:
             state.load(self.checkpoint)
@@ -122,11 +124,14 @@ class Session:
             peak_tflops=peak_tflops(self.device, config.log.peak_tflops),
         )
         log = MetricsLog(self.run, topology.rank, step)
-        log.say(self._opening(plan, step))
+        for line in (self._opening(plan, step), self._means(plan), *notes):
+            log.say(line)
         for change in self._changes():
             log.say(f"changed since the checkpoint: {change}")
         try:
-            Trainer(plan, engine, state, make_task(engine), self.groups, self.device, log, step).fit(batches)
+            with CheckpointWriter(self.run, config.checkpoint, topology, step, log.say) as writer:
+                task = make_task(engine)
+                Trainer(plan, engine, state, task, self.groups, self.device, log, writer, step).fit(batches)
         finally:
             log.close()
             engine.destroy()
@@ -150,6 +155,12 @@ class Session:
             f"{start} | {plan.steps} steps of {train.global_batch_size} samples | {ranks}, ZeRO-{stage}, "
             f"{train.precision} | {self.run}"
         )
+
+    def _means(self, plan: RunPlan) -> str:
+        """What computes, and what the MFU is held against."""
+        kernels = choose_kernels(self.config.train.kernels, self.device, self.ds).describe()
+        peak = "unknown: no mfu" if plan.peak_tflops is None else f"{plan.peak_tflops:g} TFLOP/s, which mfu is of"
+        return f"{kernels} | peak of a device {peak} | {plan.flops_per_image / 1e9:.4g} GFLOP to train on an image"
 
 
 def copy_once(source: Path, run: Path, name: str) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from megarq.config.deepspeed import read_ds_config, resolve_ds_config
+from megarq.config.layout import check_layout
 from megarq.config.names import CONFIGS, resolve_name
 from megarq.config.run import RQTransformerRunConfig, RQVAERunConfig
+from megarq.engine.kernels import choose_kernels
 from megarq.engine.session import Session
-from megarq.errors import ConfigError
 from megarq.launch.environment import read_environment
 from megarq.launch.process_group import joined, rank_device
 from megarq.parallel.topology import Topology
@@ -39,6 +40,7 @@ def joined_session(
     ds, topology = resolve_and_place(config, stated, environment.world_size, environment.rank)
     check(ds)
     device = rank_device(environment)
+    choose_kernels(config.train.kernels, device, ds)
     with joined(environment, device):
         yield Session.open(config, ds, topology, Path(run), device)
 
@@ -47,8 +49,7 @@ def resolve_and_place(
     config: RQTransformerRunConfig | RQVAERunConfig, ds: Mapping[str, Any], world_size: int, rank: int
 ) -> tuple[dict[str, Any], Topology]:
     """Check everything that needs no process group: layout, batch sizes, ds_config. Raises ConfigError."""
+    if isinstance(config, RQTransformerRunConfig):
+        check_layout(config.model, config.parallel, config.train, ds, world_size)
     topology = Topology(world_size, rank, config.parallel.tp, config.parallel.pp)
-    resolved = resolve_ds_config(ds, config.train, config.parallel, topology.dp)
-    if topology.pp > 1:
-        raise ConfigError(f"parallel.pp={topology.pp}: this release trains without pipelines. Use parallel.pp=1.")
-    return resolved, topology
+    return resolve_ds_config(ds, config.train, config.parallel, topology.dp), topology

@@ -1,7 +1,8 @@
 """A training engine's state, into and out of the checkpoint format.
 
-Saved: fp32 master weights, Adam's moments, the moving average of the weights if kept, and the module's buffers (of
-rank 0: they agree on all ranks). Nothing random is saved: randomness is a function of the seed and the step.
+Saved: fp32 master weights, Adam's moments, the moving average of the weights if kept, and the module's buffers (of the
+first rank of each stage: they agree on the others). Nothing random is saved: randomness is a function of the seed and
+the step.
 """
 
 from typing import Any
@@ -11,19 +12,20 @@ from torch import Tensor
 
 from megarq.checkpoint.format import Checkpoint, Fragment
 from megarq.engine.fragments import MOMENTS, Fragments
+from megarq.engine.pipeline import trained_module
 from megarq.errors import CheckpointError
-from megarq.parallel.topology import TensorGroup
+from megarq.parallel.together import gather_objects, together
+from megarq.parallel.topology import ProcessGroups
 
 
 class EngineState:
     """What a DeepSpeed engine must not lose."""
 
-    def __init__(self, engine: Any, tp: TensorGroup, ema_decay: float | None, rank: int) -> None:
-        """`ema_decay` is that of the moving average of the weights, None for none; `rank` 0 saves the buffers."""
-        self.fragments = Fragments(engine, tp)
+    def __init__(self, engine: Any, groups: ProcessGroups, ema_decay: float | None) -> None:
+        """`ema_decay` is that of the moving average of the weights, None for none."""
+        self.fragments = Fragments(engine, groups.tensor)
         self._engine = engine
-        self._tp = tp
-        self._rank = rank
+        self._groups = groups
         self._ema_decay = ema_decay
         self._ema = {item.name: item.master.detach().clone() for item in self.fragments.items} if ema_decay else {}
 
@@ -38,14 +40,14 @@ class EngineState:
         """This rank's fragments, keyed "<kind>/<name>". Uncut parameters are saved by the first tensor rank alone."""
         tensors: dict[str, tuple[Fragment, Tensor]] = {}
         for item in self.fragments.items:
-            if item.place.parts == 1 and self._tp.rank > 0:
+            if item.place.parts == 1 and self._groups.tensor.rank > 0:
                 continue
             tensors[f"param/{item.name}"] = (item.place, item.master)
             for kind in MOMENTS:
                 tensors[f"{kind}/{item.name}"] = (item.place, item.moment(self.fragments.optimizer, kind))
             if self._ema:
                 tensors[f"ema/{item.name}"] = (item.place, self._ema[item.name])
-        if self._rank == 0:
+        if self._groups.topology.data_rank == self._groups.topology.tensor_rank == 0:
             tensors |= {
                 f"buffer/{name}": (Fragment(tuple(buffer.shape)), buffer) for name, buffer in self._buffers().items()
             }
@@ -57,9 +59,13 @@ class EngineState:
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
-        """Take over a checkpoint saved under any layout. Raises CheckpointError where it is of another model."""
-        wanted = {name for name, p in self._engine.module.named_parameters() if p.requires_grad}
+        """Take over a checkpoint saved under any layout (collective); each rank reads its own numbers alone.
+
+        Raises CheckpointError on all ranks where it is of another model or damaged.
+        """
         saved = set(checkpoint.names("param"))
+        trained = [name for name, p in trained_module(self._engine).named_parameters() if p.requires_grad]
+        wanted = {name for names in gather_objects(trained) for name in names}
         if wanted != saved:
             names = ", ".join(sorted(wanted ^ saved)[:5])
             raise CheckpointError(
@@ -67,34 +73,23 @@ class EngineState:
                 "Resume with the configuration that the run was started with."
             )
         self.fragments.create_moments(checkpoint.metadata["optimizer_step"])
-        items = {item.name: item for item in self.fragments.items}
-        has_ema = bool(checkpoint.names("ema"))
-        for name in sorted(wanted):
-            full = checkpoint.tensor(name)
-            self._check_shape(name, full, checkpoint)
-            self.fragments.write_parameter(name, full)
-            if item := items.get(name):
-                item.master.data.copy_(item.of(full))
-                for kind in MOMENTS:
-                    moment = item.moment(self.fragments.optimizer, kind)
-                    moment.copy_(item.of(checkpoint.tensor(name, kind)))
-                if self._ema:
-                    self._ema[name].copy_(item.of(checkpoint.tensor(name, "ema") if has_ema else full))
+        together(lambda: self._read(checkpoint))
+        checkpoint.close()
+        self.fragments.refresh_parameters(self._groups.data)
+
+    def _read(self, checkpoint: Checkpoint) -> None:
+        averaged = bool(checkpoint.names("ema"))
+        for item in self.fragments.items:
+            targets = {"param": item.master.data}
+            targets |= {kind: item.moment(self.fragments.optimizer, kind) for kind in MOMENTS}
+            if self._ema:
+                targets["ema"] = self._ema[item.name]
+            for kind, target in targets.items():
+                stored = "param" if kind == "ema" and not averaged else kind
+                target.copy_(checkpoint.read(item.name, stored, item.place, target.numel()))
         for name, buffer in self._buffers().items():
             buffer.copy_(checkpoint.tensor(name, "buffer"))
 
-    def _check_shape(self, name: str, full: Tensor, checkpoint: Checkpoint) -> None:
-        parameter = self._engine.module.get_parameter(name)
-        local = list(getattr(parameter, "ds_shape", parameter.shape))
-        dim = getattr(parameter, "partition_dim", None)
-        if dim is not None:
-            local[dim] *= self._tp.size
-        if list(full.shape) != local:
-            raise CheckpointError(
-                f"{checkpoint.folder}: {name} has shape {list(full.shape)}, the model's is {local}. "
-                "Resume with the configuration that the run was started with."
-            )
-
     def _buffers(self) -> dict[str, Tensor]:
-        persistent = self._engine.module.state_dict(keep_vars=True)
-        return {name: buffer for name, buffer in self._engine.module.named_buffers() if name in persistent}
+        persistent = trained_module(self._engine).state_dict(keep_vars=True)
+        return {name: buffer for name, buffer in trained_module(self._engine).named_buffers() if name in persistent}

@@ -1,24 +1,38 @@
 """Stage 2: training the RQ-Transformer on code shards."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megarq.config.deepspeed import batch_sizes
 from megarq.config.run import RQTransformerRunConfig
 from megarq.data.code_shards import CodeShards
 from megarq.data.loader import CodeBatch, CodeLoader, validation_batches
+from megarq.engine.build import construction
+from megarq.engine.fragments import write_sharded
+from megarq.engine.pipeline import build_stage, describe_pipeline
 from megarq.engine.session import Session, copy_once
 from megarq.engine.transformer_task import TransformerTask
 from megarq.errors import ConfigError, DataError
 from megarq.inference.pretrained import load_rqvae, save_rqvae
+from megarq.parallel.topology import ProcessGroups
 from megarq.rqvae.model import RQVAE, fingerprint
 from megarq.text.tokenizer import TextTokenizer
+from megarq.transformer.parameters import decayed
 from megarq.transformer.rq_transformer import RQTransformer
+from megarq.transformer.stages import Stage
 
 
 def train_transformer(
-    session: Session, codes: Path, tokenizer_file: Path | None, validation: Path | None, flops_per_image: float
+    session: Session,
+    codes: Path,
+    tokenizer_file: Path | None,
+    validation: Path | None,
+    layer_flops: Mapping[str, int],
+    flops_per_image: float,
 ) -> None:
     """Train or go on training. Raises ConfigError, DataError or CheckpointError where the parts do not fit.
 
@@ -27,9 +41,10 @@ def train_transformer(
         codes: folder of code shards, which holds its RQ-VAE too.
         tokenizer_file: tokenizer.json or .model; needed by a model with captions.
         validation: another folder of code shards, in place of `data.validation_shards`.
+        layer_flops: of each layer's forward pass, by which the stages of a pipeline are balanced.
         flops_per_image: of a training step.
     """
-    config = session.config
+    config, topology = session.config, session.groups.topology
     assert isinstance(config, RQTransformerRunConfig)
     rqvae = load_rqvae(codes, session.device).requires_grad_(False)
     train_data, held_out = open_data(config, codes, validation, rqvae)
@@ -37,19 +52,13 @@ def train_transformer(
         train_data.check_fingerprint(session.checkpoint.metadata["rqvae_fingerprint"])
     tokenizer = open_tokenizer(config, tokenizer_file)
     loader, held_out_batches = make_batches(session, train_data, held_out, tokenizer)
-    module = RQTransformer(
-        config.model,
-        session.groups.tensor,
-        shared_codebook=rqvae.config.shared_codebook,
-        activation_checkpointing=config.train.activation_checkpointing,
-    )
-    module.initialize(config.train.seed)
-    module.load_codebook(rqvae.codebook_weights())
+    module = build_transformer(config, session.ds, session.groups, session.device, layer_flops, rqvae)
     session.keep_beside(lambda run: save_rqvae(rqvae, run / "rqvae"))
     if tokenizer_file is not None and tokenizer is not None:
         session.keep_beside(lambda run: copy_once(tokenizer_file, run, f"tokenizer{tokenizer_file.suffix}"))
     task = partial(
         TransformerTask,
+        module=module,
         config=config,
         rqvae=rqvae,
         tokenizer=tokenizer,
@@ -59,7 +68,33 @@ def train_transformer(
         sample_prompts=first_captions(held_out or train_data, config.log.sample_count),
     )
     trained_on = {"rqvae_fingerprint": fingerprint(rqvae)}
-    session.train(module, module.decayed, task, loader, loader.samples_per_epoch, flops_per_image, trained_on)
+    notes = []
+    if topology.pp > 1:
+        notes.append(describe_pipeline(layer_flops, topology.pp, batch_sizes(config.train, topology.dp)[1]))
+    session.train(module, decayed, task, loader, loader.samples_per_epoch, flops_per_image, trained_on, notes)
+
+
+def build_transformer(
+    config: RQTransformerRunConfig,
+    ds: Mapping[str, Any],
+    groups: ProcessGroups,
+    device: torch.device,
+    layer_flops: Mapping[str, int],
+    rqvae: RQVAE,
+) -> Stage:
+    """The transformer with its first weights and the RQ-VAE's codebook, or this rank's stage of it."""
+    shared, recompute = rqvae.config.shared_codebook, config.train.activation_checkpointing
+    module: Stage
+    with construction(ds, groups, device, config.parallel.sharded_init):
+        if groups.topology.pp > 1:
+            module = build_stage(config.model, groups, layer_flops, shared, recompute)
+        else:
+            module = RQTransformer(
+                config.model, groups.tensor, shared_codebook=shared, activation_checkpointing=recompute
+            )
+    module.initialize(config.train.seed, write_sharded)
+    module.load_codebook(rqvae.codebook_weights())
+    return module
 
 
 def make_batches(

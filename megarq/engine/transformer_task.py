@@ -12,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from megarq.config.deepspeed import batch_sizes
 from megarq.config.run import RQTransformerRunConfig
 from megarq.data.loader import CodeBatch
+from megarq.engine.passes import Passes, PipelinePasses, PlainPasses
 from megarq.engine.snapshot import whole_transformer
 from megarq.inference.sampling import sample_codes
 from megarq.parallel.collectives import split_to
@@ -21,7 +23,8 @@ from megarq.parallel.initialization import named_generator
 from megarq.parallel.topology import ProcessGroups
 from megarq.rqvae.model import RQVAE
 from megarq.text.tokenizer import TextTokenizer
-from megarq.transformer.loss import LossTerms, objective
+from megarq.transformer.loss import objective
+from megarq.transformer.stages import Stage
 
 
 class TransformerTask:
@@ -33,6 +36,7 @@ class TransformerTask:
         self,
         engine: Any,
         *,
+        module: Stage,
         config: RQTransformerRunConfig,
         rqvae: RQVAE,
         tokenizer: TextTokenizer | None,
@@ -43,24 +47,23 @@ class TransformerTask:
     ) -> None:
         """`rqvae` is frozen, on `device`; `validation` starts a pass over this rank's share of the held-out samples.
 
-        `sample_prompts` are drawn where the configuration names none.
+        `module` is the engine's RQTransformer, or this rank's stage of it. `sample_prompts` are drawn where the
+        configuration names none.
         """
-        self._engine, self._config, self._rqvae = engine, config, rqvae
+        self._engine, self._module, self._config, self._rqvae = engine, module, config, rqvae
         self._tokenizer, self._validation = tokenizer, validation
         self._groups, self._device = groups, device
         self._sample_prompts = list(sample_prompts)
+        self.passes: Passes = PlainPasses(engine, self._terms)
+        if groups.topology.pp > 1:
+            names = [name for name in self.terms if name != "caption_loss" or config.model.condition == "text"]
+            self.passes = PipelinePasses(engine, module, groups, self._example, self._objective, names)
 
     def micro_batches(self, batch: CodeBatch, count: int) -> list[CodeBatch]:
         """Equal parts of a rank's share, in order."""
         names = [field.name for field in fields(batch) if isinstance(getattr(batch, field.name), Tensor)]
         parts = [getattr(batch, name).chunk(count) for name in names]
         return [replace(batch, **dict(zip(names, part, strict=True))) for part in zip(*parts, strict=True)]
-
-    def losses(self, micro_batch: CodeBatch) -> dict[str, Tensor]:
-        """Scalars "loss", "image_loss" and, with captions, "caption_loss"."""
-        terms = self._terms(micro_batch)
-        named = {"loss": terms.total, "image_loss": terms.image}
-        return named if terms.caption is None else {**named, "caption_loss": terms.caption}
 
     def validate(self) -> dict[str, float] | None:
         """Mean losses over the held-out samples, each counted once."""
@@ -69,12 +72,12 @@ class TransformerTask:
         sums: dict[str, Tensor] = {}
         count = torch.zeros((), device=self._device)
         for batch in self._validation():
-            kept = batch.weights.bool()
-            terms = self._terms(batch, kept)
-            count += kept.sum()
-            for name, value in zip(self.terms, terms, strict=True):
-                if value is not None:
-                    weighted = value.float() * kept.sum() if kept.any() else value.new_zeros(())
+            micro_batches = self.micro_batches(batch, batch_sizes(self._config.train, self._groups.topology.dp)[1])
+            for micro, terms in zip(micro_batches, self.passes.evaluate(micro_batches), strict=True):
+                kept = int(micro.weights.sum())
+                count += kept
+                for name, value in terms.items():
+                    weighted = value.float() * kept
                     sums[name] = sums.get(name, torch.zeros_like(weighted)) + weighted
         values = torch.stack([*sums.values(), count])
         dist.all_reduce(values, group=self._groups.data)
@@ -84,7 +87,9 @@ class TransformerTask:
 
     def pictures(self) -> tuple[Tensor, str] | None:
         """Pictures of a few prompts or classes, sampled with the configuration's settings."""
-        model = whole_transformer(self._engine, self._config.model, self._groups.tensor)
+        model = whole_transformer(self._engine, self._module, self._groups)
+        if model is None:
+            return None
         cond, text = self._shown_conditions()
         sampling = self._config.sampling
         codes = sample_codes(
@@ -93,27 +98,35 @@ class TransformerTask:
         images = self._rqvae.decode(codes).clamp(-1, 1).add(1).div(2)
         return make_grid(images.cpu(), nrow=max(1, round(len(images) ** 0.5))), text
 
-    def _terms(self, batch: CodeBatch, kept: Tensor | None = None) -> LossTerms:
-        """The objective of a batch, or of its `kept` samples alone (the forward pass runs on all)."""
-        codes, cond, targets = self._inputs(batch)
-        logits, caption_logits = self._engine(codes, cond)
-        if kept is not None:
-            kept = kept.to(self._device)
-            logits, targets, cond = logits[kept], targets[kept], cond[kept]
-            caption_logits = None if caption_logits is None else caption_logits[kept]
-        pad = self._tokenizer.pad_id if self._tokenizer else None
-        return objective(logits, caption_logits, targets, cond, self._config.objective, pad, self._groups.tensor)
+    def _terms(self, batch: CodeBatch) -> dict[str, Tensor]:
+        """The objective of a micro-batch, by the whole model."""
+        (codes, cond), (targets, _, kept) = self._example(batch)
+        return self._objective(self._engine(codes, cond, targets), cond, kept)
 
-    def _inputs(self, batch: CodeBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes [b, H, W, D], condition [b, L], and targets: the codes, or soft ones [b, H, W, D, K/P]."""
+    def _objective(self, losses: tuple[Tensor | None, ...], cond: Tensor, kept: Tensor) -> dict[str, Tensor]:
+        """Scalars "loss", "image_loss" and, with captions, "caption_loss"."""
+        image, caption = (*losses, None)[:2]
+        assert image is not None
+        pad = self._tokenizer.pad_id if self._tokenizer else None
+        terms = objective(image, caption, cond, self._config.objective, pad, kept)
+        named = {"loss": terms.total, "image_loss": terms.image}
+        return named if terms.caption is None else {**named, "caption_loss": terms.caption}
+
+    def _example(self, batch: CodeBatch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+        """What the model reads, (codes [b, H, W, D], cond [b, L]), and what it is compared with.
+
+        The latter are targets (codes, or this rank's slice of soft ones [b, H, W, D, K/P]), cond, and the samples that
+        count, bool [b].
+        """
         codes, cond = batch.codes.to(self._device), batch.cond.to(self._device)
+        kept = batch.weights.to(self._device).bool()
         if batch.latents is None:
-            return codes, cond, codes
+            return (codes, cond), (codes, cond, kept)
         seed, places = self._config.train.seed, zip(batch.sample_ids.tolist(), batch.epochs.tolist(), strict=True)
         generators = [named_generator(seed, "draw", sample, epoch) for sample, epoch in places]
         latents = batch.latents.to(self._device).float()
         codes, soft = self._rqvae.draw_codes(latents, self._config.objective.temperature, generators)
-        return codes, cond, split_to(soft, self._groups.tensor)
+        return (codes, cond), (split_to(soft, self._groups.tensor), cond, kept)
 
     def _shown_conditions(self) -> tuple[Tensor, str]:
         """[n, L] conditions, the same on all ranks, and what they say."""

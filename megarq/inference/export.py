@@ -47,7 +47,7 @@ def export_run(
     Args:
         run: the --output of train.py or train_rqvae.py.
         output: the folder to write; an earlier export there is replaced when the new one is whole.
-        step: of the checkpoint; the newest by default.
+        step: of the checkpoint; by default the newest whole one.
         weights: "ema", "param", or None for the moving average where the run kept one.
         dtype: of the RQ-Transformer's weights. The RQ-VAE stays fp32, since codes depend on its last bits.
         part_bytes: most bytes of one file of weights.
@@ -60,7 +60,6 @@ def export_run(
         ConfigError: `output` holds anything but an exported model.
     """
     checkpoint = checkpoint_at(run, step)
-    checkpoint.verify()
     if checkpoint.metadata.get("architecture") == "rq-vae":
         return _export_rqvae(checkpoint, Path(output).resolve(), weights)
     check_architecture(checkpoint, "rq-transformer", run)

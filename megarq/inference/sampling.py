@@ -168,13 +168,13 @@ class CachedForward:
             for cache in self._head_caches:
                 cache.reset()
         hidden = model.head_input.embed_step(context, drawn)  # [B, 1, E]
-        for block, cache in zip(model.head, self._head_caches, strict=True):
+        for block, cache in zip(model.head.values(), self._head_caches, strict=True):
             hidden = block(hidden, cache)
         logits = gather_from(model.outputs.codes(hidden, slice(depth, depth + 1)), model.tp)  # [B, 1, K]
         return logits[:, 0, : model.config.sizes[depth]].float()
 
     def _body(self, hidden: Tensor) -> Tensor:
-        for block, cache in zip(self.transformer.body, self._body_caches, strict=True):
+        for block, cache in zip(self.transformer.body.values(), self._body_caches, strict=True):
             hidden = block(hidden, cache)
         return hidden[:, -1]
 

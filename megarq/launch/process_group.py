@@ -31,7 +31,9 @@ def joined(environment: LaunchEnvironment, device: torch.device) -> Iterator[Non
     The launcher's variables are completed for libraries that read them, and the group is destroyed at the end:
     processes that exit with a live group now and then abort after success.
     """
-    place = {"RANK": environment.rank, "WORLD_SIZE": environment.world_size, "LOCAL_RANK": environment.local_rank}
+    # DeepSpeed takes cuda:$LOCAL_RANK: another device than ours where a launcher shows each rank one GPU alone.
+    local_rank = device.index if device.type == "cuda" else environment.local_rank
+    place = {"RANK": environment.rank, "WORLD_SIZE": environment.world_size, "LOCAL_RANK": local_rank}
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ.setdefault("MASTER_ADDR", environment.address)
     os.environ.setdefault("MASTER_PORT", str(environment.port))

@@ -1,19 +1,33 @@
-"""The four regions of tensor parallelism, each an operation forward and its conjugate backward.
+"""The regions of tensor parallelism, each an operation forward and its conjugate backward.
 
-    copy_to      identity       all-reduce      before a layer cut by columns
-    reduce_from  all-reduce     identity        after a layer cut by rows
-    gather_from  all-gather     own slice       whole logits from slices of the vocabulary
-    split_to     own slice      all-gather      a whole tensor into a region cut along its last dimension
+    copy_to         identity          all-reduce        before a layer cut by columns
+    reduce_from     all-reduce        identity          after a layer cut by rows
+    gather_from     all-gather        own slice         whole logits from slices of the vocabulary
+    split_to        own slice         all-gather        a whole tensor into a region cut along its last dimension
 
-Each is the identity where the tensor group has one rank.
+Each is the identity where the tensor group has one rank. Four more are the identity unless `tp.sequence`, sequence
+parallelism: between the cut layers, in LayerNorm, dropout and the residual sum, a rank then holds only its slice of
+the tokens, and the two all-reduces become halves of themselves:
+
+    gather_tokens   all-gather        reduce-scatter    before a layer cut by columns
+    scatter_tokens  reduce-scatter    all-gather        after a layer cut by rows
+    split_tokens    own slice         all-gather        into a stack of blocks
+    join_tokens     all-gather        own slice         out of it, where every rank goes on with all tokens
+
+The B*S tokens of a batch are cut as one list, since S is rarely divisible by P: rows of zeros fill it up to a multiple
+of P, and rank p holds rows p n to (p+1) n.
+Shapes: B sequences, S tokens of each, n = ceil(B S / P), E width, N last dimension, P tensor-parallel size.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
+from megarq.errors import ConfigError
 from megarq.parallel.topology import TensorGroup
 
 
@@ -37,10 +51,71 @@ def split_to(x: Tensor, tp: TensorGroup) -> Tensor:
     return x if tp.size == 1 else _Split.apply(x, tp)
 
 
+def gather_tokens(x: Tensor, tp: TensorGroup, tokens: int) -> Tensor:
+    """Enter a region whose layers are cut by columns: [n, E] to [B, S, E], S being `tokens`."""
+    return _GatherTokens.apply(x, tp, tokens) if tp.sequence else x
+
+
+def scatter_tokens(x: Tensor, tp: TensorGroup) -> Tensor:
+    """Leave a region whose layers are cut by rows: sum the partial [B, S, E], keep [n, E] of it."""
+    return _ScatterTokens.apply(x, tp) if tp.sequence else x
+
+
+def split_tokens(x: Tensor, tp: TensorGroup) -> Tensor:
+    """Keep this rank's tokens, [B, S, E] to [n, E]. Raises ConfigError where the padding would be a sequence."""
+    return _SplitTokens.apply(x, tp) if tp.sequence else x
+
+
+def join_tokens(x: Tensor, tp: TensorGroup, tokens: int) -> Tensor:
+    """Join the ranks' tokens, [n, E] to [B, S, E], S being `tokens`."""
+    return _JoinTokens.apply(x, tp, tokens) if tp.sequence else x
+
+
+def start_all_reduce(x: Tensor, tp: TensorGroup) -> Callable[[], Tensor]:
+    """Start to sum x over the ranks, in place; the answer waits for it."""
+    work = dist.all_reduce(x, group=tp.group, async_op=True)
+    return lambda: _waited(work, x)
+
+
+def start_gather(x: Tensor, tp: TensorGroup, tokens: int) -> Callable[[], Tensor]:
+    """Start to join the ranks' [n, E]; the answer waits for it and gives [B, S, E]."""
+    rows = x.new_empty(tp.size * len(x), *x.shape[1:])
+    work = dist.all_gather_into_tensor(rows, x.contiguous(), group=tp.group, async_op=True)
+    batch = len(rows) // tokens
+    return lambda: _waited(work, rows)[: batch * tokens].unflatten(0, (batch, tokens))
+
+
+def start_scatter(x: Tensor, tp: TensorGroup) -> Callable[[], Tensor]:
+    """Start to sum the ranks' [B, S, E]; the answer waits for it and gives this rank's [n, E]."""
+    rows = _padded_rows(x, tp)
+    own = rows.new_empty(len(rows) // tp.size, *rows.shape[1:])
+    work = dist.reduce_scatter_tensor(own, rows, group=tp.group, async_op=True)
+    return lambda: _waited(work, own)
+
+
+def _waited(work: Any, result: Tensor) -> Tensor:
+    work.wait()
+    return result
+
+
+def _padded_rows(x: Tensor, tp: TensorGroup) -> Tensor:
+    """[B, S, E] to [P n, E]."""
+    rows = x.flatten(0, 1).contiguous()
+    missing = -len(rows) % tp.size
+    if missing >= x.shape[1]:
+        raise ConfigError(
+            f"parallel.sequence over parallel.tp={tp.size}: a batch of {x.shape[0]} x {x.shape[1]} tokens would need "
+            f"{missing} of padding, a whole sequence. Set parallel.sequence=false or lower parallel.tp."
+        )
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
+def _own_rows(x: Tensor, tp: TensorGroup) -> Tensor:
+    return _padded_rows(x, tp).chunk(tp.size)[tp.rank].clone()
+
+
 def _all_reduce(x: Tensor, tp: TensorGroup) -> Tensor:
-    x = x.contiguous().clone()
-    dist.all_reduce(x, group=tp.group)
-    return x
+    return start_all_reduce(x.clone(memory_format=torch.contiguous_format), tp)()
 
 
 def _all_gather(x: Tensor, tp: TensorGroup) -> Tensor:
@@ -94,3 +169,47 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return _all_gather(grads[0], ctx.tp), None
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorGroup, tokens: int) -> Tensor:
+        ctx.tp = tp
+        return start_gather(x, tp, tokens)()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return start_scatter(grads[0], ctx.tp)(), None, None
+
+
+class _ScatterTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorGroup) -> Tensor:
+        ctx.tp, ctx.tokens = tp, x.shape[1]
+        return start_scatter(x, tp)()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return start_gather(grads[0], ctx.tp, ctx.tokens)(), None
+
+
+class _SplitTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorGroup) -> Tensor:
+        ctx.tp, ctx.tokens = tp, x.shape[1]
+        return _own_rows(x, tp)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return start_gather(grads[0], ctx.tp, ctx.tokens)(), None
+
+
+class _JoinTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorGroup, tokens: int) -> Tensor:
+        ctx.tp = tp
+        return start_gather(x, tp, tokens)()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _own_rows(grads[0], ctx.tp), None, None

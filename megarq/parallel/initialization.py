@@ -1,11 +1,12 @@
 """Initial weights that depend on the seed and a parameter's name alone: the same for every tp, pp and order."""
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from megarq.parallel.topology import TensorGroup
+from megarq.parallel.topology import ALONE, TensorGroup
 
 
 def derived_seed(seed: int, *names: object) -> int:
@@ -19,12 +20,15 @@ def named_generator(seed: int, *names: object) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(seed, *names))
 
 
-@torch.no_grad()
-def fill_normal(parameter: Tensor, std: float, seed: int, name: str, tp: TensorGroup) -> None:
-    """Fill with this rank's slice of the full tensor of N(0, std^2) that (seed, name) stands for."""
-    dim = getattr(parameter, "partition_dim", None)
-    shape = list(parameter.shape)
+def normal_values(
+    shape: Sequence[int], std: float, seed: int, name: str, tp: TensorGroup = ALONE, dim: int | None = None
+) -> Tensor:
+    """This rank's slice, of `shape`, of the full tensor of N(0, std^2) that (seed, name) stands for.
+
+    `dim` is the dimension that is cut over the tensor group, None where the tensor is whole on every rank.
+    """
+    full = list(shape)
     if dim is not None:
-        shape[dim] *= tp.size
-    full = torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=named_generator(seed, name))
-    parameter.copy_(full if dim is None else full.chunk(tp.size, dim)[tp.rank])
+        full[dim] *= tp.size
+    values = torch.empty(full).normal_(0.0, std, generator=named_generator(seed, name))
+    return values if dim is None else values.chunk(tp.size, dim)[tp.rank]

@@ -2,21 +2,34 @@
 
 Y = X A + b. Cut by columns, A = [A_1 .. A_P]: rank p holds A_p and gives Y_p = X A_p, a slice of Y. Cut by rows,
 A = [A_1; ..; A_P] and X = [X_1 .. X_P]: rank p gives X_p A_p, and Y = sum_p X_p A_p + b. A column layer, anything
-pointwise, and a row layer need one all-reduce forward (in `reduce_from`) and one backward (in `copy_to`).
+pointwise, and a row layer need one all-reduce forward (in `reduce_from`) and one backward, of X's gradient, which
+runs while the gradient of A_p is computed. Under sequence parallelism (see `collectives`) X and Y are cut by tokens
+where they are not cut by A: the column layer gathers X, forward and again backward, and the row layer scatters Y.
 
 torch stores A transposed, so columns of A are dimension 0 of `weight`. A cut parameter carries `partition_dim`, the
 dimension that is cut, from which initialisation and checkpoints know its place in the full tensor.
 Constructors leave weights uninitialised: `initialization.initialize` fills them, the same for every P.
 
-Shapes: N tokens (any leading dimensions), P tensor-parallel size.
+Shapes: N tokens (any leading dimensions), B sequences of S tokens, n tokens of this rank's slice, E width, P
+tensor-parallel size.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megarq.errors import ConfigError
-from megarq.parallel.collectives import copy_to, reduce_from
+from megarq.parallel.collectives import (
+    copy_to,
+    reduce_from,
+    scatter_tokens,
+    start_all_reduce,
+    start_gather,
+    start_scatter,
+)
 from megarq.parallel.topology import ALONE, TensorGroup
 
 
@@ -37,8 +50,48 @@ def cut_parameter(shape: tuple[int, ...], dim: int, tp: TensorGroup) -> nn.Param
     return parameter
 
 
+class _ColumnLinear(torch.autograd.Function):
+    """F.linear whose input's gradient is summed over the ranks while the weight's is computed.
+
+    The weight may have more dimensions than two; all but the last are outputs. Kept for the backward pass are the
+    parameter itself, so that ZeRO-3 can free and gather its data in between, and the input as it came: under
+    sequence parallelism the slice, whose gathering runs behind the product that gives the input's gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorGroup, tokens: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.tp, ctx.tokens = tp, tokens
+        whole = start_gather(x, tp, tokens)() if tokens else x
+        return F.linear(whole, weight.flatten(0, -2), None if bias is None else bias.flatten())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        of_input, of_weight, of_bias = ctx.needs_input_grad[:3]
+        grad, tp, tokens = grads[0], ctx.tp, ctx.tokens
+        rows = grad.flatten(0, -2)
+        gathered = start_gather(x, tp, tokens) if tokens and of_weight else lambda: x
+        summed: Callable[[], Tensor | None] = lambda: None  # noqa: E731
+        if of_input:
+            summed = _start_sum((rows @ weight.flatten(0, -2)).unflatten(0, grad.shape[:-1]), tp, tokens)
+        grad_weight = (rows.t() @ gathered().flatten(0, -2)).view(weight.shape) if of_weight else None
+        grad_bias = rows.sum(dim=0).view(weight.shape[:-1]) if of_bias else None
+        return summed(), grad_weight, grad_bias, None, None
+
+
+def _start_sum(partial: Tensor, tp: TensorGroup, tokens: int) -> Callable[[], Tensor]:
+    """Start to sum over the ranks what each found for the input's gradient; the answer waits for it."""
+    if tp.size == 1:
+        return lambda: partial
+    return start_scatter(partial, tp) if tokens else start_all_reduce(partial, tp)
+
+
 class ColumnParallelLinear(nn.Module):
-    """[N, in] to this rank's slice [N, out/P]; `copy_to` makes the input's gradient whole."""
+    """[N, in] to this rank's slice [N, out/P].
+
+    With `tokens`, the S of sequence parallelism, the input is this rank's [n, in] and the output [B, S, out/P].
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, tp: TensorGroup = ALONE) -> None:
         super().__init__()
@@ -47,12 +100,17 @@ class ColumnParallelLinear(nn.Module):
         self.weight = cut_parameter((local, in_features), 0, tp)
         self.bias = cut_parameter((local,), 0, tp) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(copy_to(x, self.tp), self.weight, self.bias)
+    def forward(self, x: Tensor, tokens: int = 0) -> Tensor:
+        if self.tp.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        return _ColumnLinear.apply(x, self.weight, self.bias, self.tp, tokens)
 
 
 class RowParallelLinear(nn.Module):
-    """This rank's slice [N, in/P] to the whole [N, out]; the bias is added once, after the sum."""
+    """This rank's slice [N, in/P] to the whole [N, out]; the bias is added once, after the sum.
+
+    With `tokens`, the S of sequence parallelism, the input is [B, S, in/P] and the output this rank's [n, out].
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, tp: TensorGroup = ALONE) -> None:
         super().__init__()
@@ -60,17 +118,21 @@ class RowParallelLinear(nn.Module):
         self.weight = cut_parameter((out_features, cut_size(in_features, tp, "input features")), 1, tp)
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tokens: int = 0) -> Tensor:
         if self.tp.size == 1:
             return F.linear(x, self.weight, self.bias)
-        y = reduce_from(F.linear(x, self.weight), self.tp)
-        return y if self.bias is None else y + self.bias
+        y = F.linear(x, self.weight)
+        y = scatter_tokens(y, self.tp) if tokens else reduce_from(y, self.tp)
+        if self.bias is None:
+            return y
+        return y + (copy_to(self.bias, self.tp) if tokens else self.bias)  # its gradient is then of a slice alone
 
 
 class QKVParallelLinear(nn.Module):
     """Queries, keys and values in one product, cut by heads: [N, E] to three of [N, E/P].
 
-    The weight is [3, E, E], so that a cut along dimension 1 gives each rank whole heads of all three.
+    The weight is [3, E, E], so that a cut along dimension 1 gives each rank whole heads of all three. With `tokens`,
+    the S of sequence parallelism, the input is this rank's [n, E] and the outputs are [B, S, E/P].
     """
 
     def __init__(self, embed_dim: int, bias: bool = True, tp: TensorGroup = ALONE) -> None:
@@ -80,9 +142,8 @@ class QKVParallelLinear(nn.Module):
         self.weight = cut_parameter((3, local, embed_dim), 1, tp)
         self.bias = cut_parameter((3, local), 1, tp) if bias else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        bias = None if self.bias is None else self.bias.flatten()
-        q, k, v = F.linear(copy_to(x, self.tp), self.weight.flatten(0, 1), bias).chunk(3, dim=-1)
+    def forward(self, x: Tensor, tokens: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = _ColumnLinear.apply(x, self.weight, self.bias, self.tp, tokens).chunk(3, dim=-1)
         return q, k, v
 
 

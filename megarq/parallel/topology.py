@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megarq.errors import ConfigError
+from megarq.config.run import ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class TensorGroup:
     group: ProcessGroup | None = None
     rank: int = 0
     size: int = 1
+    sequence: bool = False
+    """Whether each rank holds a slice of the tokens between the cut layers; `collectives` says how they are cut."""
+
+    def __post_init__(self) -> None:
+        assert self.size > 1 or not self.sequence, "one rank holds all tokens"
 
 
 ALONE = TensorGroup()
@@ -40,13 +45,7 @@ class Topology:
     pp: int = 1
 
     def __post_init__(self) -> None:
-        if self.tp < 1 or self.pp < 1:
-            raise ConfigError(f"parallel.tp={self.tp}, parallel.pp={self.pp}: use 1 or more for each.")
-        if self.world_size % (self.tp * self.pp):
-            raise ConfigError(
-                f"parallel.tp={self.tp} x parallel.pp={self.pp} = {self.tp * self.pp} does not divide the "
-                f"{self.world_size} ranks started. Start a multiple of {self.tp * self.pp} ranks or lower tp or pp."
-            )
+        ParallelConfig(self.tp, self.pp).data_parallel_size(self.world_size)  # raises where they do not divide
 
     @property
     def dp(self) -> int:
@@ -68,6 +67,10 @@ class Topology:
         """Place along the pipeline axis."""
         return self.rank // (self.tp * self.dp)
 
+    def on_stage(self, stage: int) -> int:
+        """The rank that holds a stage of this rank's pipeline."""
+        return self.rank + (stage - self.pipeline_rank) * self.tp * self.dp
+
     def lines(self, axis: str) -> list[list[int]]:
         """Every set of ranks that differ along `axis` ("tensor", "data" or "pipeline") alone."""
         place: Callable[[Topology], tuple[int, int]] = {
@@ -88,17 +91,23 @@ class ProcessGroups:
     topology: Topology
     tensor: TensorGroup
     data: ProcessGroup | None
+    pipeline: ProcessGroup | None = None
+    """None where the pipeline has one stage."""
 
     @classmethod
-    def build(cls, topology: Topology) -> "ProcessGroups":
-        """Create the groups of every line on every rank (collective); none are needed without torch.distributed."""
+    def build(cls, topology: Topology, sequence: bool = False) -> "ProcessGroups":
+        """Create the groups of every line on every rank (collective); none are needed without torch.distributed.
+
+        `sequence` turns sequence parallelism on in the tensor group.
+        """
         if not dist.is_initialized():
             return cls(topology, ALONE, None)
         tensor = _own_group(topology, "tensor") if topology.tp > 1 else None
         return cls(
             topology,
-            TensorGroup(tensor, topology.tensor_rank, topology.tp) if tensor is not None else ALONE,
+            TensorGroup(tensor, topology.tensor_rank, topology.tp, sequence) if tensor is not None else ALONE,
             _own_group(topology, "data"),
+            _own_group(topology, "pipeline") if topology.pp > 1 else None,
         )
 
 

@@ -26,20 +26,39 @@ def transformer_tokens(config: RQTransformerConfig) -> dict[str, int]:
     return {"body": config.cond_length + config.positions - 1, "head": config.positions * config.depth}
 
 
-def transformer_flops(config: RQTransformerConfig) -> dict[str, int]:
-    """Forward pass of one image through the RQ-Transformer, by part."""
+def layer_flops(config: RQTransformerConfig) -> dict[str, int]:
+    """Forward pass of one image through each layer of `transformer.stages.layer_list`, in order."""
     width, positions, depth = config.embed_dim, config.positions, config.depth
     projected = {"codebook": 2 * config.codebook_dim * width, "learned": 0}
-    parts = {
-        "input_mlp": (positions - 1) * depth * projected[config.body_input],
-        "head_mlp": positions * (depth - 1) * projected[config.head_input],
-        "body": config.body.layers * block_flops(width, transformer_tokens(config)["body"]),
-        "head": config.head.layers * positions * block_flops(width, depth),
-        "code classifier": positions * depth * 2 * width * max(config.sizes),
-        "caption classifier": 0,
+    body = block_flops(width, transformer_tokens(config)["body"])
+    return {
+        "body_input": (positions - 1) * depth * projected[config.body_input],
+        **{f"body.{index}": body for index in range(config.body.layers)},
+        "head_input": positions * (depth - 1) * projected[config.head_input],
+        **{f"head.{index}": positions * block_flops(width, depth) for index in range(config.head.layers)},
+        "outputs": sum(_classifier_flops(config)),
     }
-    if config.condition == "text":
-        parts["caption classifier"] = (config.cond_length - 1) * 2 * width * config.cond_vocab_size
+
+
+def _classifier_flops(config: RQTransformerConfig) -> tuple[int, int]:
+    """Of the codes' classifier and of the captions'."""
+    codes = config.positions * config.depth * 2 * config.embed_dim * max(config.sizes)
+    caption = (config.cond_length - 1) * 2 * config.embed_dim * config.cond_vocab_size
+    return codes, caption if config.condition == "text" else 0
+
+
+def transformer_flops(config: RQTransformerConfig) -> dict[str, int]:
+    """Forward pass of one image through the RQ-Transformer, by part."""
+    layers = layer_flops(config)
+    codes, caption = _classifier_flops(config)
+    parts = {
+        "input_mlp": layers["body_input"],
+        "head_mlp": layers["head_input"],
+        "body": sum(flops for name, flops in layers.items() if name.startswith("body.")),
+        "head": sum(flops for name, flops in layers.items() if name.startswith("head.")),
+        "code classifier": codes,
+        "caption classifier": caption,
+    }
     return {part: flops for part, flops in parts.items() if flops}
 
 

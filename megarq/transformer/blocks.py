@@ -1,7 +1,9 @@
 """Pre-norm transformer blocks, cut over a tensor group by attention heads and MLP columns.
 
-Training and cached sampling run the same code: a key-value cache is an optional argument.
-Shapes: B batch, S tokens given, E width, N heads, P tensor-parallel size, F = E / N head width.
+Training and cached sampling run the same code: a key-value cache is an optional argument. Under sequence parallelism
+(see `parallel.collectives`) the hidden state is this rank's slice of the tokens, but whole where a cache is given:
+sampling brings a token or two at a time. The argument `tokens` is S in the former case and 0 otherwise.
+Shapes: B batch, S tokens given, E width, N heads, P tensor-parallel size, F = E / N head width, n = ceil(B S / P).
 """
 
 import torch
@@ -10,7 +12,9 @@ from torch import Tensor, nn
 
 from megarq.config.models import StackConfig
 from megarq.errors import ConfigError
+from megarq.parallel.collectives import split_tokens
 from megarq.parallel.layers import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from megarq.parallel.norms import LayerNorm
 from megarq.parallel.topology import ALONE, TensorGroup
 
 
@@ -48,14 +52,14 @@ class SelfAttention(nn.Module):
         self.qkv = QKVParallelLinear(embed_dim, bias, tp)
         self.output = RowParallelLinear(embed_dim, embed_dim, bias, tp)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x))  # [B, N/P, S, F]
-        fresh = cache is None or cache.length == 0
-        assert fresh or x.shape[1] == 1, "tokens after the first call come one at a time"
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None, tokens: int = 0) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x, tokens))
+        fresh = cache is None or cache.length == 0  # q, k and v are [B, N/P, S, F]
+        assert fresh or q.shape[2] == 1, "tokens after the first call come one at a time"
         if cache is not None:
             k, v = cache.append(k, v)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=fresh and x.shape[1] > 1)
-        return self.output(y.transpose(1, 2).flatten(2))  # [B, S, E]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=fresh and q.shape[2] > 1)
+        return self.output(y.transpose(1, 2).flatten(2), tokens)  # [B, S, E] or [n, E]
 
 
 class MLP(nn.Module):
@@ -67,23 +71,50 @@ class MLP(nn.Module):
         self.up = ColumnParallelLinear(embed_dim, 4 * embed_dim, bias, tp)
         self.down = RowParallelLinear(4 * embed_dim, embed_dim, bias, tp)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
+    def forward(self, x: Tensor, tokens: int = 0) -> Tensor:
+        x = self.up(x, tokens)
         x = F.gelu(x) if self.gelu == "exact" else x * torch.sigmoid(1.702 * x)
-        return self.down(x)
+        return self.down(x, tokens)
+
+
+class Dropout(nn.Module):
+    """nn.Dropout; of a slice of the tokens, the rows of the mask that nn.Dropout would draw for all tokens.
+
+    Every rank draws the whole mask, so that the loss curve is that of tp=1.
+    """
+
+    def __init__(self, rate: float, tp: TensorGroup = ALONE) -> None:
+        super().__init__()
+        self.rate = rate
+        self.tp = tp
+
+    def forward(self, x: Tensor, tokens: int = 0) -> Tensor:
+        if not (tokens and self.training and self.rate):
+            return F.dropout(x, self.rate, self.training)
+        batch = len(x) * self.tp.size // tokens
+        kept = F.dropout(x.new_ones(batch, tokens, x.shape[1]), self.rate) != 0  # [B, S, E]
+        return x * split_tokens(kept, self.tp) * (1 / (1 - self.rate))
 
 
 class Block(nn.Module):
-    """x + attention(ln1(x)), then x + mlp(ln2(x)); dropout on both branches. [B, S, E] to [B, S, E]."""
+    """x + attention(ln1(x)), then x + mlp(ln2(x)); dropout on both branches. [B, S, E] to [B, S, E].
 
-    def __init__(self, embed_dim: int, stack: StackConfig, dropout: float, tp: TensorGroup = ALONE) -> None:
+    Under sequence parallelism, and without a cache, [n, E] to [n, E]; `tokens` is then S.
+    """
+
+    def __init__(
+        self, embed_dim: int, stack: StackConfig, dropout: float, tp: TensorGroup = ALONE, *, tokens: int = 0
+    ) -> None:
         super().__init__()
-        self.ln1 = nn.LayerNorm(embed_dim)
+        assert tokens or not tp.sequence, "a slice of the tokens does not say how many make a sequence"
+        self.tokens = tokens if tp.sequence else 0
+        self.ln1 = LayerNorm(embed_dim, tp)
         self.attention = SelfAttention(embed_dim, stack.heads, stack.attention_bias, tp)
-        self.ln2 = nn.LayerNorm(embed_dim)
+        self.ln2 = LayerNorm(embed_dim, tp)
         self.mlp = MLP(embed_dim, stack.gelu, stack.mlp_bias, tp)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout, tp)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.ln1(x), cache))
-        return x + self.dropout(self.mlp(self.ln2(x)))
+        tokens = self.tokens if cache is None else 0
+        x = x + self.dropout(self.attention(self.ln1(x), cache, tokens), tokens)
+        return x + self.dropout(self.mlp(self.ln2(x), tokens), tokens)

@@ -2,7 +2,7 @@
 
 The image loss is cross-entropy against codes (hard) or against Q(k | r_{d-1}) (soft targets, section 3.3 of the paper),
 averaged over all positions and depths. The caption loss is cross-entropy of each caption token given those before it.
-Shapes: B batch, L condition length, H x W positions, D depth, K codebook size, V caption vocabulary, P tensor-parallel.
+Shapes: B batch, L condition length, H x W positions, D depth.
 """
 
 from typing import NamedTuple
@@ -10,8 +10,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megarq.config.run import ObjectiveConfig
-from megarq.parallel.cross_entropy import cross_entropy
-from megarq.parallel.topology import ALONE, TensorGroup
 
 
 class LossTerms(NamedTuple):
@@ -23,33 +21,35 @@ class LossTerms(NamedTuple):
 
 
 def objective(
-    logits: Tensor,
-    caption_logits: Tensor | None,
-    targets: Tensor,
+    image_losses: Tensor,
+    caption_losses: Tensor | None,
     cond: Tensor,
     config: ObjectiveConfig,
     pad_id: int | None = None,
-    tp: TensorGroup = ALONE,
+    kept: Tensor | None = None,
 ) -> LossTerms:
     """The loss of a batch; without captions the image loss alone.
 
     Args:
-        logits: [B, H, W, D, K/P].
-        caption_logits: [B, L-1, V/P] or None.
-        targets: codes int64 [B, H, W, D], or this rank's slice of soft targets [B, H, W, D, K/P].
+        image_losses: [B, H, W, D], cross-entropy of each code.
+        caption_losses: [B, L-1], cross-entropy of each caption token after the first, or None.
         cond: int64 [B, L].
         config: weights, and whether [PAD] counts.
         pad_id: the token left out where config.mask_padding.
-        tp: the group that the vocabularies are cut over.
+        kept: bool [B], the samples that count; all by default.
     """
-    image = cross_entropy(logits, targets, tp).mean()
-    if caption_logits is None:
+    image = _mean(image_losses.flatten(1).mean(dim=1), kept)
+    if caption_losses is None:
         return LossTerms(image, image, None)
-    tokens = cond[:, 1:]
-    losses = cross_entropy(caption_logits, tokens, tp)  # [B, L-1]
     if config.mask_padding and pad_id is not None:
-        kept = tokens != pad_id
-        caption = ((losses * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)).mean()
+        counted = cond[:, 1:] != pad_id
+        per_caption = (caption_losses * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
     else:
-        caption = losses.mean()
+        per_caption = caption_losses.mean(dim=1)
+    caption = _mean(per_caption, kept)
     return LossTerms(config.image_weight * image + config.caption_weight * caption, image, caption)
+
+
+def _mean(values: Tensor, kept: Tensor | None) -> Tensor:
+    """Mean of [B] over the samples that are kept; 0 where none is."""
+    return values.mean() if kept is None else (values * kept).sum() / kept.sum().clamp(min=1)

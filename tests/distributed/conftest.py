@@ -1,5 +1,7 @@
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gloo_ranks import RankGroup
@@ -27,3 +29,13 @@ def rank_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
 def run(tmp_path: Path) -> Path:
     """Folder of a run that is not there yet."""
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def record_layout(request: pytest.FixtureRequest) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Takes a line of the table of measured deviations, written at the end where --layout-table names a file."""
+    lines: list[dict[str, Any]] = []
+    yield lines.append
+    table = request.config.getoption("--layout-table")
+    if table:
+        Path(table).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -1,24 +1,22 @@
 """Layers and the whole model cut over 2 and 4 ranks equal the uncut ones, forward and backward.
 
-Every check runs on all ranks: each holds the uncut layer too and compares its slice. "Uncut" is torch's own operation
-for collectives, layers and cross-entropy, and the model with tp=1 for the model.
+"Uncut" is torch's own operation for collectives, layers and cross-entropy, and the model with tp=1 for the model.
 """
 
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cut_layers import SIZES, SplitQKV, check, check_gradients, check_layer, filled, normal, own, tensor_group, uncut
 from torch import Tensor, nn
-from torch.distributed import get_rank, get_world_size
+from torch.distributed import get_world_size
 
 from megarq.config.models import RQTransformerConfig, StackConfig
 from megarq.config.run import ObjectiveConfig
 from megarq.errors import ConfigError
 from megarq.parallel.collectives import copy_to, gather_from, reduce_from, split_to
 from megarq.parallel.cross_entropy import cross_entropy
-from megarq.parallel.initialization import fill_normal
 from megarq.parallel.layers import (
     ColumnParallelLinear,
     DepthParallelLinear,
@@ -26,12 +24,9 @@ from megarq.parallel.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from megarq.parallel.topology import ProcessGroups, TensorGroup, Topology
+from megarq.parallel.topology import TensorGroup
 from megarq.transformer.loss import objective
 from megarq.transformer.rq_transformer import RQTransformer
-
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-SIZES = [2, 4]
 
 TEXT = RQTransformerConfig(
     code_shape=[2, 2, 3],
@@ -65,25 +60,6 @@ MODELS = {
 }
 
 
-@cache
-def tensor_group() -> TensorGroup:
-    """All ranks as one tensor group."""
-    return ProcessGroups.build(Topology(get_world_size(), get_rank(), tp=get_world_size())).tensor
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def own(whole: Tensor, dim: int = -1) -> Tensor:
-    return whole.chunk(get_world_size(), dim)[get_rank()]
-
-
-def check(actual: Tensor | None, expected: Tensor | None, what: str = "") -> None:
-    assert actual is not None and expected is not None, what
-    torch.testing.assert_close(actual, expected, **CLOSE, msg=lambda message: f"{what}: {message}")
-
-
 def check_collectives() -> None:
     tp, size = tensor_group(), get_world_size()
     parts = [normal(3, 8, seed=rank) for rank in range(size)]  # a different tensor on each rank
@@ -112,49 +88,6 @@ def check_collectives() -> None:
     check(x.grad, torch.cat(upstream, -1), "split_to joins gradients")
 
 
-def filled(layer: nn.Module, tp: TensorGroup) -> nn.Module:
-    """Every parameter drawn, biases too, as `initialize` does."""
-    for name, parameter in layer.named_parameters():
-        fill_normal(parameter, 0.5, 1, name, tp)
-    return layer
-
-
-def check_layer(cut: nn.Module, whole: nn.Module, x: Tensor, cut_input: bool = False, cut_output: bool = True) -> None:
-    tp = tensor_group()
-    filled(cut, tp), filled(whole, TensorGroup())
-    our_input = (own(x) if cut_input else x).clone().requires_grad_()
-    their_input = x.clone().requires_grad_()
-    ours, theirs = (y if isinstance(y, tuple) else (y,) for y in (cut(our_input), whole(their_input)))
-    weights = [normal(*y.shape, seed=5 + index) for index, y in enumerate(theirs)]
-    for index, (y, expected) in enumerate(zip(ours, theirs, strict=True)):
-        check(y, own(expected) if cut_output else expected, f"output {index}")
-    sum((y * (own(w) if cut_output else w)).sum() for y, w in zip(ours, weights, strict=True)).backward()
-    sum((y * w).sum() for y, w in zip(theirs, weights, strict=True)).backward()
-    check(our_input.grad, own(their_input.grad) if cut_input else their_input.grad, "input's gradient")
-    check_gradients(cut, whole)
-
-
-def check_gradients(cut: nn.Module, whole: nn.Module) -> None:
-    """Each parameter's gradient is the uncut one's slice, and no more than that is held."""
-    wholes = dict(whole.named_parameters())
-    for name, parameter in cut.named_parameters():
-        expected = wholes.pop(name).grad
-        dim = getattr(parameter, "partition_dim", None)
-        check(parameter.grad, expected if dim is None else own(expected, dim), f"gradient of {name}")
-    assert not wholes
-
-
-class SplitQKV(nn.Module):
-    """torch's Linear with QKVParallelLinear's parameters."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.empty(3, width, width)), nn.Parameter(torch.empty(3, width))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(F.linear(x, self.weight[index], self.bias[index]) for index in range(3))
-
-
 class LinearPerDepth(nn.Module):
     """A torch Linear for each depth with DepthParallelLinear's parameters."""
 
@@ -173,7 +106,7 @@ def check_column_linear() -> None:
 
 def check_row_linear() -> None:
     cut = RowParallelLinear(8, 6, tp=tensor_group())
-    check_layer(cut, nn.Linear(8, 6), normal(3, 8), cut_input=True, cut_output=False)
+    check_layer(cut, nn.Linear(8, 6), normal(3, 8), cut_input=own, cut_output=uncut)
 
 
 def check_qkv_linear() -> None:
@@ -247,9 +180,10 @@ def loss_and_model(
     if soft:
         targets = split_to(normal(*shape, max(config.sizes), seed=5).mul(2).softmax(-1), tp)
     torch.manual_seed(6)
-    logits, caption_logits = model(codes, cond)
-    terms = objective(logits, caption_logits, targets, cond, ObjectiveConfig(), tp=tp)
+    terms = objective(*model(codes, cond, targets), cond, ObjectiveConfig())
     terms.total.backward()
+    with torch.no_grad():
+        logits, caption_logits = model(codes, cond)
     caption = None if caption_logits is None else gather_from(caption_logits, tp).detach()
     return terms.total.detach(), gather_from(logits, tp).detach(), caption, model
 

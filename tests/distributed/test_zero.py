@@ -1,4 +1,4 @@
-"""Losses, gradient norms and weights of ZeRO-1, 2 and 3 on two ranks are those of plain torch in one process."""
+"""Losses, gradient norms and weights of every ZeRO configuration are those of plain torch in one process."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,9 @@ import pytest
 from tiny_runs import Metrics, ds_config, engine_run, largest_deviation, metrics_of, plain_run, tiny_config
 
 from megarq.checkpoint.run_folder import checkpoint_at
-from megarq.config.run import RQTransformerRunConfig
+from megarq.config.deepspeed import read_ds_config
+from megarq.config.names import CONFIGS
+from megarq.config.run import ParallelConfig, RQTransformerRunConfig
 
 FP32, BF16 = 1e-5, 1e-2
 STAGES = [1, 2, 3]
@@ -62,3 +64,12 @@ def test_bf16_stays_near_fp32(rank_group, plain, run, stage):
 def test_clipping_bites_in_these_runs(plain):
     metrics, *_ = plain(tiny_config())
     assert all(line["grad_norm"] > 0.5 for line in metrics)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3-offload", "pipeline"])
+def test_shipped_configurations_equal_plain_torch(rank_group, plain, run, name):
+    config, parallel = tiny_config(steps=3), ParallelConfig(pp=2 if name == "pipeline" else 1)
+    ds = read_ds_config(CONFIGS / "deepspeed" / f"{name}.json")
+    rank_group(2, f"pp{parallel.pp}").run(engine_run, run, config, ds, parallel)
+    metrics, *_ = plain(config)
+    expect_equal(run, config, metrics, FP32)

@@ -38,32 +38,46 @@ def export(run: Path) -> str:
     return message
 
 
-def test_a_checkpoint_cut_short_is_neither_resumed_nor_exported(train, run):
-    file = run / "checkpoints" / "step-00000004" / "rank-00001.safetensors"
+def cut_short(file: Path) -> str:
     os.truncate(file, file.stat().st_size - 100)
-    for message in (resume(train, run), export(run)):
-        assert f"{file} has {file.stat().st_size} bytes, " in message and "the checkpoint is damaged" in message
+    return f"{file} has {file.stat().st_size} bytes, "
 
 
-def test_a_checkpoint_with_a_file_missing_is_neither_resumed_nor_exported(train, run):
-    file = run / "checkpoints" / "step-00000004" / "rank-00001.safetensors"
+def remove(file: Path) -> str:
     file.unlink()
-    for message in (resume(train, run), export(run)):
-        assert f"{file} is missing" in message and "the checkpoint is damaged" in message
+    return f"{file} is missing"
 
 
-def test_a_checkpoint_never_finished_is_neither_resumed_nor_exported(train, run):
-    (run / "checkpoints" / "step-00000004" / "metadata.json").unlink()
-    for message in (resume(train, run), export(run)):
-        assert "step-00000004 has no metadata.json" in message and "Use another step's folder" in message
-
-
-def test_a_checkpoint_with_a_changed_byte_is_not_resumed(train, run):
-    file = run / "checkpoints" / "step-00000004" / "rank-00000.safetensors"
+def change_a_byte(file: Path) -> str:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert f"{file} has the sha256" in resume(train, run)
+    return f"{file} has the sha256"
+
+
+def remove_metadata(file: Path) -> str:
+    file.with_name("metadata.json").unlink()
+    return f"{file.parent} has no metadata.json"
+
+
+DAMAGES = [cut_short, remove, change_a_byte, remove_metadata]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_checkpoint_before_a_damaged_one_is_exported_with_a_warning(run, damage):
+    problem = damage(run / "checkpoints" / "step-00000004" / "rank-00000.safetensors")
+    said = succeed("tools/export.py", run, "--output", run.with_name("model"))
+    assert "step 2, ema weights" in said.printed
+    assert f"step-00000004 is passed over: {problem}" in said.errors
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_without_a_whole_checkpoint_is_neither_resumed_nor_exported(train, run, damage):
+    for step in ("step-00000002", "step-00000004"):
+        problem = damage(run / "checkpoints" / step / "rank-00000.safetensors")
+    for message in (resume(train, run), export(run)):
+        assert f"{run / 'checkpoints'} holds no whole checkpoint, of 2 ({problem}" in message
+        assert "start again in another --output" in message
 
 
 def test_the_folder_of_a_run_of_another_model_is_refused(train, run):

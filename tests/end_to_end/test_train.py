@@ -18,7 +18,7 @@ from megarq.data.manifest import CodeSettings, Manifest
 from megarq.inference.pretrained import save_rqvae
 from megarq.rqvae.model import RQVAE, fingerprint
 from megarq.text.training import train_tokenizer
-from tests.end_to_end.commands import ON_CPU, ROOT, call, free_port, succeed, typed
+from tests.end_to_end.commands import ON_CPU, ROOT, call, call_ranks, free_port, succeed, typed
 
 STEPS, SAVED_EVERY, KILLED_AT = 24, 5, 13
 SAMPLES = 100
@@ -163,6 +163,17 @@ def test_a_run_killed_on_two_ranks_has_each_step_once(killed):
 def test_a_run_killed_on_two_ranks_has_the_losses_of_an_uninterrupted_one(whole, killed):
     for ours, expected in zip(metrics(killed), metrics(whole), strict=True):
         for name in ("loss", "image_loss", "caption_loss", "grad_norm", "lr", "samples_seen", "epoch"):
+            assert ours[name] == pytest.approx(expected[name], rel=1e-4), (ours["step"], name)
+
+
+def test_a_pipeline_of_two_stages_has_the_losses_of_one_process_and_says_how_it_is_cut(whole, options, tmp_path):
+    cut = ("parallel.pp=2", "train.micro_batch_size=4", "log.sample_every=12", "log.sample_count=4")
+    arguments = ["--ds_config", "pipeline.json", *options, "--output", tmp_path / "run", "data.workers=0", *cut]
+    first, second = call_ranks("megarq/train.py", *arguments, ranks=2)
+    assert (first.status, second.status) == (0, 0), first.errors + second.errors
+    assert "expected bubble 20.0% (1 of 5 slots)" in first.printed
+    for ours, expected in zip(metrics(tmp_path / "run"), metrics(whole), strict=True):
+        for name in ("loss", "image_loss", "caption_loss", "grad_norm", "lr"):
             assert ours[name] == pytest.approx(expected[name], rel=1e-4), (ours["step"], name)
 
 

@@ -6,6 +6,7 @@
 Both return the metrics of every step. B is the global batch; batch b holds samples b*B .. b*B + B - 1.
 """
 
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,10 +27,13 @@ from megarq.data.order import LoaderState
 from megarq.engine.session import Session
 from megarq.engine.snapshot import whole_transformer
 from megarq.engine.start import resolve_and_place
+from megarq.engine.transformer_run import build_transformer
 from megarq.engine.transformer_task import TransformerTask
-from megarq.parallel.initialization import named_generator
+from megarq.parallel.initialization import derived_seed, named_generator
 from megarq.parallel.layers import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from megarq.planning.flops import layer_flops
 from megarq.rqvae.model import RQVAE
+from megarq.transformer.parameters import decayed
 from megarq.transformer.rq_transformer import RQTransformer
 
 Metrics = list[dict[str, Any]]
@@ -42,7 +46,9 @@ class KilledError(Exception):
     """Raised between two steps, in place of a kill."""
 
 
-def tiny_config(condition: str = "text", soft: bool = False, **train: Any) -> RQTransformerRunConfig:
+def tiny_config(
+    condition: str = "text", soft: bool = False, dropout: float = 0.0, **train: Any
+) -> RQTransformerRunConfig:
     """A run of six steps with clipping that bites, warm-up and cosine; `train` changes fields of TrainConfig."""
     cond = {"text": (5, 12), "class": (1, 7), "none": (1, 1)}[condition]
     stack = StackConfig(layers=1, heads=4)
@@ -55,7 +61,7 @@ def tiny_config(condition: str = "text", soft: bool = False, **train: Any) -> RQ
         head=stack,
         cond_length=cond[0],
         cond_vocab_size=cond[1],
-        dropout=0.0,
+        dropout=dropout,
     )
     defaults: dict[str, Any] = {
         "steps": STEPS,
@@ -104,16 +110,11 @@ def tiny_rqvae() -> RQVAE:
     return rqvae.eval().requires_grad_(False)
 
 
-def tiny_model(config: RQTransformerRunConfig, rqvae: RQVAE, groups: Any = None) -> RQTransformer:
-    """The transformer with its first weights."""
-    model = RQTransformer(
-        config.model,
-        **({"tp": groups.tensor} if groups else {}),
-        activation_checkpointing=config.train.activation_checkpointing,
-    )
+def tiny_model(config: RQTransformerRunConfig, rqvae: RQVAE) -> RQTransformer:
+    """The whole transformer with its first weights."""
+    model = RQTransformer(config.model)
     model.initialize(config.train.seed)
-    vectors = rqvae.codebook_weights()
-    model.load_codebook(vectors)
+    model.load_codebook(rqvae.codebook_weights())
     return model
 
 
@@ -162,15 +163,16 @@ class WatchedTask(TransformerTask):
         self.weights = weights
 
     def validate(self) -> None:
-        model = whole_transformer(self._engine, self._config.model, self._groups.tensor)
-        self.weights.update({name: p.detach().clone() for name, p in model.named_parameters()})
+        model = whole_transformer(self._engine, self._module, self._groups)
+        if model is not None:
+            self.weights.update({name: p.detach().clone() for name, p in model.named_parameters()})
 
 
 def engine_run(
     run: Path,
     config: RQTransformerRunConfig,
     ds: dict[str, Any],
-    tp: int = 1,
+    parallel: ParallelConfig | None = None,
     kill_at: int | None = None,
     device: torch.device = CPU,
 ) -> dict[str, Tensor]:
@@ -178,15 +180,16 @@ def engine_run(
 
     Returns this rank's weights after the last step.
     """
-    config = replace(config, parallel=ParallelConfig(tp=tp))
+    config = replace(config, parallel=parallel or config.parallel)
     resolved, topology = resolve_and_place(config, ds, dist.get_world_size(), dist.get_rank())
     session = Session.open(config, resolved, topology, run, device)
     rqvae = tiny_rqvae().to(device)
-    model = tiny_model(config, rqvae, session.groups)
+    model = build_transformer(config, resolved, session.groups, device, layer_flops(config.model), rqvae)
     weights: dict[str, Tensor] = {}
     task = partial(
         WatchedTask,
         weights=weights,
+        module=model,
         config=config,
         rqvae=rqvae,
         tokenizer=None,
@@ -196,7 +199,7 @@ def engine_run(
     )
     batches = Batches(config, topology.data_rank, topology.dp, session.start, kill_at)
     try:
-        session.train(model, model.decayed, task, batches, SAMPLES_PER_EPOCH, 1.0)
+        session.train(model, decayed, task, batches, SAMPLES_PER_EPOCH, 1.0)
     except KilledError:
         assert kill_at is not None
     return weights
@@ -207,10 +210,18 @@ def metrics_of(run: Path) -> Metrics:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def plain_run(config: RQTransformerRunConfig) -> tuple[Metrics, dict[str, Tensor], dict[str, Tensor]]:
-    """The same training in plain torch: metrics of each step, last weights, and their moving average."""
+def plain_run(
+    config: RQTransformerRunConfig, data_ranks: int = 1
+) -> tuple[Metrics, dict[str, Tensor], dict[str, Tensor]]:
+    """The same training in plain torch: metrics of each step, last weights, and their moving average.
+
+    With dropout each of `data_ranks` shares of a batch draws its own masks, as so many data-parallel ranks do; here the
+    shares follow each other. bf16 means forward and backward of rounded weights, everything else in fp32.
+    """
     rqvae, train = tiny_rqvae(), config.train
     model = tiny_model(config, rqvae).train()
+    runner = copy.deepcopy(model).bfloat16() if train.precision == "bf16" else model
+    runner.load_codebook(rqvae.codebook_weights())
     matrices = (nn.Linear, ColumnParallelLinear, RowParallelLinear, QKVParallelLinear)
     decayed = [module.weight for module in model.modules() if isinstance(module, matrices)]
     others = [p for p in model.parameters() if all(p is not weight for weight in decayed)]
@@ -227,16 +238,44 @@ def plain_run(config: RQTransformerRunConfig) -> tuple[Metrics, dict[str, Tensor
         rate = train.lr * warm if warm < 1 else train.lr * (1 + cos(pi * max(0.0, progress))) / 2
         for group in optimizer.param_groups:
             group["lr"] = rate
-        terms = plain_losses(model, rqvae, global_batch(config, step), config)
-        optimizer.zero_grad()
-        terms["loss"].backward()
+        for p, rounded in zip(model.parameters(), runner.parameters(), strict=True):
+            p.grad = torch.zeros_like(p)
+            rounded.data.copy_(p.data)
+        terms = plain_backward(model, runner, rqvae, config, step, data_ranks)
         norm = nn.utils.clip_grad_norm_(model.parameters(), train.clip or float("inf"))
         optimizer.step()
         for name, p in model.named_parameters():
             decay = train.ema_decay or 0.0
             average[name] = decay * average[name] + (1 - decay) * p.detach()
-        metrics.append({name: value.item() for name, value in terms.items()} | {"grad_norm": norm.item(), "lr": rate})
+        metrics.append(terms | {"grad_norm": norm.item(), "lr": rate})
     return metrics, {name: p.detach() for name, p in model.named_parameters()}, average
+
+
+def plain_backward(
+    model: RQTransformer,
+    runner: RQTransformer,
+    rqvae: RQVAE,
+    config: RQTransformerRunConfig,
+    step: int,
+    data_ranks: int,
+) -> dict[str, float]:
+    """Mean losses of a batch; the gradients of `runner` are added to those of `model`, which holds the fp32 weights."""
+    batch, train = global_batch(config, step), config.train
+    micro = train.micro_batch_size or BATCH // data_ranks
+    count = BATCH // micro
+    means: dict[str, float] = {}
+    for index in range(count):
+        rank, micro_step = divmod(index, count // data_ranks)
+        part = slice(index * micro, (index + 1) * micro)
+        share = replace(batch, **{k: v[part] for k, v in vars(batch).items() if isinstance(v, Tensor)})
+        torch.manual_seed(derived_seed(train.seed, step, micro_step, rank))
+        terms = plain_losses(runner, rqvae, share, config)
+        gradients = torch.autograd.grad(terms["loss"], list(runner.parameters()))
+        for p, gradient in zip(model.parameters(), gradients, strict=True):
+            p.grad += gradient / count
+        for name, value in terms.items():
+            means[name] = means.get(name, 0.0) + value.item() / count
+    return means
 
 
 def plain_losses(
@@ -249,10 +288,10 @@ def plain_losses(
         generators = [named_generator(config.train.seed, "draw", i, 0) for i in batch.sample_ids.tolist()]
         codes, soft = rqvae.draw_codes(batch.latents.float(), config.objective.temperature, generators)
     logits, caption_logits = model(codes, batch.cond)
-    image = -(soft * logits.log_softmax(-1)).sum(-1).mean()
+    image = -(soft * logits.float().log_softmax(-1)).sum(-1).mean()
     if caption_logits is None:
         return {"loss": image, "image_loss": image}
-    caption = F.cross_entropy(caption_logits.flatten(0, 1), batch.cond[:, 1:].flatten())
+    caption = F.cross_entropy(caption_logits.float().flatten(0, 1), batch.cond[:, 1:].flatten())
     return {"loss": 0.9 * image + 0.1 * caption, "image_loss": image, "caption_loss": caption}
 
 

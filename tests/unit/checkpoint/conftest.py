@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from made_up_checkpoints import save_alone
 from torch import Tensor
 
 from megarq.checkpoint.format import Fragment
-from megarq.checkpoint.run_folder import publish_checkpoint
 
 WEIGHT = torch.arange(24.0).reshape(6, 4)
 BIAS = torch.arange(5.0)
@@ -26,9 +26,7 @@ def publish(
     **metadata: Any,
 ) -> Path:
     """Save a step from one rank; returns its folder."""
-    tensors = whole_tensors() if tensors is None else tensors
-    publish_checkpoint(run, step, tensors, metadata, keep, 0, lambda value: [value])
-    return run / "checkpoints" / f"step-{step:08d}"
+    return save_alone(run, step, whole_tensors() if tensors is None else tensors, metadata, keep)
 
 
 @pytest.fixture

@@ -33,14 +33,17 @@ def resolve(ds: dict, train: TrainConfig = TRAIN, parallel: ParallelConfig = ALO
 SHIPPED = sorted(path.name for path in (CONFIGS / "deepspeed").glob("*.json"))
 
 
-def test_a_configuration_for_each_stage_is_shipped():
-    assert {"zero1.json", "zero2.json", "zero3.json"} <= set(SHIPPED)
+STAGES = {"zero1.json": 1, "zero2.json": 2, "zero3.json": 3, "zero3-offload.json": 3, "pipeline.json": 1}
+
+
+def test_what_is_shipped():
+    assert set(SHIPPED) == set(STAGES)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configurations_are_read_and_resolved(name):
     ds = resolve(read_ds_config(CONFIGS / "deepspeed" / name))
-    assert zero_stage(ds) == int(name.removeprefix("zero").removesuffix(".json"))
+    assert zero_stage(ds) == STAGES[name]
     assert "auto" not in json.dumps(ds)
 
 
@@ -184,8 +187,20 @@ def test_without_a_micro_batch_there_is_no_accumulation():
     assert batch_sizes(TrainConfig(steps=1, global_batch_size=64), 4) == (16, 1)
 
 
-def test_stage_0_runs_as_stage_1():
+def test_stage_0_runs_as_stage_1_and_says_so(caplog):
     assert zero_stage(resolve({"zero_optimization": {"stage": 0}})) == 1
+    assert "zero_optimization.stage=0 runs as stage 1" in caplog.text
+
+
+def test_a_stage_that_is_not_stated_is_1_without_a_word(caplog):
+    assert zero_stage(resolve({})) == 1
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(tp=2), ParallelConfig(pp=2)])
+def test_stage_0_of_a_cut_model_is_refused(parallel):
+    with pytest.raises(ConfigError, match="with ZeRO stage 0.*gradient norm.*Use --ds_config zero1.json"):
+        resolve({"zero_optimization": {"stage": 0}}, parallel=parallel)
 
 
 @pytest.mark.parametrize("stage", [4, -1, "three", "auto", None])
@@ -204,9 +219,64 @@ def test_pipelines_with_stage_2_or_3_are_refused(stage):
     )
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_pipelines_with_stage_0_or_1_are_allowed(stage):
-    assert zero_stage(resolve({"zero_optimization": {"stage": stage}}, parallel=ParallelConfig(pp=2))) == 1
+def test_pipelines_with_stage_1_are_allowed():
+    assert zero_stage(resolve({"zero_optimization": {"stage": 1}}, parallel=ParallelConfig(pp=2))) == 1
+
+
+WHOLE = {"pipe_partitioned": False, "grad_partitioned": False}
+
+
+@pytest.mark.parametrize(
+    "stated", [{}, {"pipeline": {}}, {"pipeline": WHOLE}, {"pipeline": {"pipe_partitioned": "auto"}}]
+)
+def test_tensors_travel_whole_between_stages(stated):
+    assert resolve(stated, parallel=ParallelConfig(pp=2))["pipeline"] == WHOLE
+
+
+def test_without_stages_the_pipeline_section_is_left_out():
+    assert "pipeline" not in resolve({"pipeline": WHOLE})
+
+
+@pytest.mark.parametrize("key", WHOLE)
+def test_tensors_cut_between_stages_are_refused(key):
+    with pytest.raises(ConfigError, match=f"pipeline.{key}=true.*Set it to false"):
+        resolve({"pipeline": {key: True}})
+
+
+CPU = {"device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("zero", "parallel", "message"),
+    [
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, ALONE, 'offload_param.device=nvme.*Use "cpu"'),
+        ({"stage": 1, "offload_optimizer": {"device": "nvme"}}, ALONE, 'offload_optimizer.device=nvme.*Use "cpu"'),
+        ({"stage": 2, "offload_param": CPU}, ALONE, "offload_param with stage 2.*Use --ds_config zero3-offload.json"),
+        ({"stage": 3, "offload_optimizer": CPU | {"ratio": 0.5}}, ALONE, "ratio=0.5.*Remove the keys"),
+        ({"stage": 3, "offload_optimizer": CPU | {"super_offload": True}}, ALONE, "super_offload=true.*Remove"),
+        ({"stage": 1, "offload_optimizer": CPU}, ParallelConfig(pp=2), "parallel.pp=2 with .*offload_optimizer"),
+        ({"stage": 2, "zero_hpz_partition_size": 2}, ALONE, "zero_hpz_partition_size=2 with stage 2.*Use stage 3"),
+        ({"stage": 3, "zero_hpz_partition_size": 3}, ALONE, "=3, which does not divide the 2 data-parallel ranks"),
+        ({"stage": 3, "zero_hpz_partition_size": 2}, ParallelConfig(tp=2), "with parallel.tp=2.*Use parallel.tp=1"),
+    ],
+)
+def test_what_a_stage_or_layout_cannot_do_is_refused(zero, parallel, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve({"zero_optimization": zero}, parallel=parallel)
+
+
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"stage": 1, "offload_optimizer": CPU},
+        {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU},
+        {"stage": 2, "offload_param": {"device": "none"}},
+        {"stage": 2, "offload_optimizer": None, "zero_hpz_partition_size": 1},
+        {"stage": 3, "zero_hpz_partition_size": 2},
+    ],
+)
+def test_what_a_stage_can_do_is_kept(zero):
+    assert resolve({"zero_optimization": zero})["zero_optimization"] == zero
 
 
 def test_fp16_that_is_off_is_no_contradiction(tmp_path):

@@ -104,7 +104,9 @@ def test_an_unknown_key_in_the_file_names_the_file(tmp_path: Path) -> None:
 
 
 def test_an_unknown_key_like_no_other_lists_what_there_is(minimal: str) -> None:
-    assert "Known: parallel.tp, parallel.pp." in message(minimal, "parallel.zzzzzz=1")
+    assert "Known: parallel.tp, parallel.pp, parallel.sequence, parallel.sharded_init." in message(
+        minimal, "parallel.zzzzzz=1"
+    )
 
 
 def test_a_key_below_a_value_is_unknown(minimal: str) -> None:

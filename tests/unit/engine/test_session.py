@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from made_up_checkpoints import save_alone
 
-from megarq.checkpoint.run_folder import publish_checkpoint
+from megarq.checkpoint.format import Fragment
 from megarq.config.load import load_config
 from megarq.config.run import RQTransformerRunConfig, RQVAERunConfig
 from megarq.data.order import LoaderState
@@ -35,16 +36,15 @@ def config_of(**model: object) -> RQTransformerRunConfig:
     return config
 
 
-def publish(run: Path, config: RQTransformerRunConfig | RQVAERunConfig) -> Path:
-    """A checkpoint at step 5, as a run of this configuration leaves it; returns its folder."""
+def publish(run: Path, config: RQTransformerRunConfig | RQVAERunConfig, step: int = 5) -> Path:
+    """A checkpoint as a run of this configuration leaves it; returns its folder."""
     metadata = {
         "architecture": config.architecture,
         "config": asdict(config),
         "loader": {"epoch": 1, "sample": 40},
-        "optimizer_step": 5,
+        "optimizer_step": step,
     }
-    publish_checkpoint(run, 5, {}, metadata, 0, 0, lambda value: [value])
-    return run / "checkpoints" / "step-00000005"
+    return save_alone(run, step, {"param/w": (Fragment((2,)), torch.ones(2))}, metadata)
 
 
 def open_session(config: RQTransformerRunConfig, run: Path) -> Session:
@@ -87,12 +87,24 @@ def test_a_run_of_another_architecture_is_refused(alone, tmp_path):
         open_session(config_of(), tmp_path)
 
 
-def test_a_changed_byte_of_the_checkpoint_is_refused(alone, tmp_path):
-    path = publish(tmp_path, config_of()) / "rank-00000.safetensors"
+def change_a_byte(step: Path) -> None:
+    path = step / "rank-00000.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="damaged"):
+
+
+def test_a_run_goes_on_from_the_step_before_a_damaged_one(alone, tmp_path, caplog):
+    publish(tmp_path, config_of())
+    change_a_byte(publish(tmp_path, config_of(), 9))
+    session = open_session(config_of(), tmp_path)
+    assert session.checkpoint is not None and session.checkpoint.metadata["step"] == 5
+    assert "step-00000009 is passed over" in caplog.text and "has the sha256" in caplog.text
+
+
+def test_a_run_none_of_whose_checkpoints_is_whole_is_refused(alone, tmp_path):
+    change_a_byte(publish(tmp_path, config_of()))
+    with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
         open_session(config_of(), tmp_path)
 
 
@@ -104,12 +116,11 @@ def test_layouts_are_checked_without_a_process_group():
     assert ds["train_micro_batch_size_per_gpu"] == 32
 
 
-@pytest.mark.parametrize(("stage", "message"), [(3, "with ZeRO stage 3"), (1, "this release trains without pipelines")])
-def test_pipelines_are_refused_without_a_process_group(stage, message):
+def test_pipelines_under_stage_3_are_refused_without_a_process_group():
     config = config_of()
     config.parallel.pp = 2
-    with pytest.raises(ConfigError, match=message):
-        resolve_and_place(config, {"zero_optimization": {"stage": stage}}, 2, 0)
+    with pytest.raises(ConfigError, match="with ZeRO stage 3"):
+        resolve_and_place(config, {"zero_optimization": {"stage": 3}}, 2, 0)
 
 
 def test_a_file_is_copied_into_the_run_once(tmp_path):

@@ -1,14 +1,18 @@
 """Exporting runs: which weights, in which dtype, with which RQ-VAE and tokenizer."""
 
 import importlib.util
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from made_up_checkpoints import cut, save_alone, save_together
+from safetensors.torch import load_file
 
 from megarq.checkpoint.format import Fragment
-from megarq.checkpoint.run_folder import publish_checkpoint
+from megarq.config.models import StackConfig
 from megarq.config.run import RQTransformerRunConfig, RQVAERunConfig, SamplingConfig
 from megarq.errors import CheckpointError, ConfigError
 from megarq.inference.export import export_run
@@ -34,7 +38,7 @@ def whole(tensors, kind):
 
 def publish(run, step, tensors, config, **metadata):
     metadata = {"architecture": config.architecture, "config": asdict(config)} | metadata
-    publish_checkpoint(run, step, tensors, metadata, keep=0, rank=0, gather=lambda thing: [thing])
+    save_alone(run, step, tensors, metadata)
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +191,73 @@ def test_an_rqvae_is_loaded_from_its_run(rqvae_run, models):
 def test_an_rqvae_cannot_be_loaded_from_the_run_of_a_transformer(run):
     with pytest.raises(CheckpointError, match="trained an rq-transformer, not an rq-vae"):
         load_rqvae(run)
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from megarq.inference.export import DTYPES, export_run
+
+torch.nn.Embedding(1, 1, device="meta")  # torch imports much of itself at its first meta tensor
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+run, output, dtype, part_bytes = sys.argv[1:]
+before = status("VmRSS")
+export_run(run, output, dtype=DTYPES[dtype], part_bytes=int(part_bytes))
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def large_run(build, tmp_path_factory):
+    """A run of 303 MB, which 64 ranks under ZeRO-3 have written."""
+    folder = tmp_path_factory.mktemp("large") / "run"
+    stack = StackConfig(layers=3, heads=8)
+    models = build(embed_dim=1024, body=stack, head=stack, cond_length=1, cond_vocab_size=5)
+    held = [{} for _ in range(64)]
+    for name, weight in models.transformer.named_parameters():
+        for rank, piece in zip(held, cut(f"param/{name}", weight, 0, 1, 64), strict=True):
+            rank |= piece
+    config = RQTransformerRunConfig(model=models.transformer.config)
+    save_together(folder, 1, held, {"architecture": config.architecture, "config": asdict(config)})
+    save_rqvae(models.rqvae, folder / "rqvae")
+    return folder, models
+
+
+@pytest.mark.parametrize(
+    ("dtype", "copies", "part_bytes"), [("fp32", 1.0, 10**9), ("bf16", 0.5, 10**9), ("bf16", 0.5, 5 * 10**7)]
+)
+def test_an_export_holds_one_part_of_the_model_at_a_time(large_run, tmp_path, dtype, copies, part_bytes):
+    folder, models = large_run
+    arguments = [str(folder), str(tmp_path / "model"), dtype, str(part_bytes)]
+    done = subprocess.run([sys.executable, "-c", PEAK, *arguments], check=True, capture_output=True, text=True)
+    whole = sum(parameter.nbytes for parameter in models.transformer.parameters())
+    largest = max(parameter.nbytes for parameter in models.transformer.parameters())
+    allowed = min(whole * copies, part_bytes) + 4 * largest + 10e6
+    assert int(done.stdout) < allowed < (1.3 if dtype == "fp32" else 0.8) * whole
+
+
+def test_a_checkpoint_of_64_ranks_is_exported_exactly(large_run, tmp_path):
+    folder, models = large_run
+    export_run(folder, tmp_path / "model")
+    found = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(found[name], weight) for name, weight in models.transformer.named_parameters())
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(run, models, tmp_path, caplog):
+    path = run / "checkpoints" / "step-00000020" / "rank-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    export_run(run, tmp_path / "model")
+    assert scale_of(tmp_path / "model", models) == pytest.approx(2)
+    assert "step-00000020 is passed over" in caplog.text
+
+
+def test_a_damaged_step_that_was_asked_for_is_refused(run, tmp_path):
+    path = run / "checkpoints" / "step-00000020" / "rank-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="were written"):
+        export_run(run, tmp_path / "model", step=20)

@@ -184,7 +184,7 @@ def test_a_training_model_samples_without_dropout_and_goes_on_training(build):
     expected = sample_codes(model, cond)
     model.train()
     assert torch.equal(sample_codes(model, cond), expected)
-    assert model.training and model.body[0].dropout.training
+    assert model.training and model.body["0"].dropout.training
 
 
 @pytest.mark.parametrize(
@@ -242,6 +242,6 @@ def test_one_value_in_a_list_serves_all_depths():
 
 def test_damaged_weights_are_named_and_draw_nothing(build):
     model = build().transformer
-    model.body[1].mlp.up.weight[0, 0] = float("nan")
+    model.body["1"].mlp.up.weight[0, 0] = float("nan")
     with pytest.raises(ConfigError, match="not finite"):
         sample_codes(model, torch.ones(2, 4, dtype=torch.int64))

@@ -2,9 +2,8 @@
 
 import torch
 
-from megarq.parallel.initialization import derived_seed, fill_normal, named_generator
-from megarq.parallel.layers import cut_parameter
-from megarq.parallel.topology import ALONE, TensorGroup
+from megarq.parallel.initialization import derived_seed, named_generator, normal_values
+from megarq.parallel.topology import TensorGroup
 
 
 def test_derived_seeds_are_the_same_in_every_release():
@@ -27,28 +26,20 @@ def test_generators_of_one_name_draw_the_same():
     assert torch.equal(*draws)
 
 
-def test_filling_is_independent_of_the_global_generator():
-    first, second = torch.empty(3, 4), torch.empty(3, 4)
-    torch.manual_seed(0)
-    fill_normal(first, 0.02, 5, "w", ALONE)
-    torch.manual_seed(1)
-    fill_normal(second, 0.02, 5, "w", ALONE)
-    assert torch.equal(first, second)
+def test_values_are_independent_of_the_global_generator():
+    values = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        values.append(normal_values((3, 4), 0.02, 5, "w"))
+    assert torch.equal(*values)
 
 
-def test_filled_weights_have_the_deviation_asked_for():
-    weight = torch.empty(200, 200)
-    fill_normal(weight, 0.02, 5, "w", ALONE)
+def test_values_have_the_deviation_asked_for():
+    weight = normal_values((200, 200), 0.02, 5, "w")
     assert abs(weight.std() - 0.02) < 2e-4 and abs(weight.mean()) < 4e-4
 
 
 def test_slices_of_a_cut_weight_are_parts_of_the_whole():
-    whole = torch.empty(6, 8)
-    fill_normal(whole, 1.0, 5, "w", ALONE)
-    parts = []
-    for rank in range(2):
-        tp = TensorGroup(None, rank, 2)
-        part = cut_parameter((6, 4), 1, tp)
-        fill_normal(part, 1.0, 5, "w", tp)
-        parts.append(part)
+    whole = normal_values((6, 8), 1.0, 5, "w")
+    parts = [normal_values((6, 4), 1.0, 5, "w", TensorGroup(None, rank, 2), 1) for rank in range(2)]
     assert torch.equal(torch.cat(parts, dim=1), whole)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megarq.config.models import RQTransformerConfig, StackConfig
 from megarq.errors import ConfigError
+from megarq.transformer.parameters import decayed
 from megarq.transformer.rq_transformer import RQTransformer
 
 TEXT = RQTransformerConfig(
@@ -183,9 +184,44 @@ def test_weight_decay_is_for_matrices(config):
     for name, parameter in model.named_parameters():
         embedding = name.startswith(("body_input.condition", "body_input.codes", "head_input.codes"))
         expected = parameter.ndim > 1 and not name.endswith(("positions", "bias")) and not embedding
-        assert model.decayed(name) == expected, name
+        assert decayed(name) == expected, name
 
 
 def test_two_sides_with_learned_embeddings_share_one_table():
     model = RQTransformer(replace(TEXT, body_input="learned", head_input="learned"))
     assert model.body_input.codes is model.head_input.codes
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_losses_do_not_depend_on_how_many_logits_are_held_at_once(soft):
+    torch.manual_seed(0)
+    model = RQTransformer(replace(TEXT, dropout=0.0))
+    model.initialize(0)
+    codes = torch.randint(TEXT.codebook_size, (3, *TEXT.code_shape))
+    cond = torch.randint(TEXT.cond_vocab_size, (3, TEXT.cond_length))
+    targets = torch.randn(*codes.shape, TEXT.codebook_size).softmax(-1) if soft else codes
+    results = []
+    for at_once in (1, 5 * TEXT.depth * TEXT.codebook_size, 2**30):
+        model.outputs.logits_at_once = at_once
+        model.zero_grad()
+        image, caption = model(codes, cond, targets)
+        (image.sum() + 2 * caption.sum()).backward()
+        results.append((image, caption, *(p.grad.clone() for p in model.parameters())))
+    for result in results[:-1]:
+        torch.testing.assert_close(result, results[-1], rtol=1e-4, atol=1e-5)
+
+
+def saved_logits(logits_at_once: int) -> int:
+    """Numbers kept for the backward pass whose last dimension is that of the logits."""
+    model = RQTransformer(replace(TEXT, codebook_size=19, cond_vocab_size=19))
+    model.initialize(0)
+    model.outputs.logits_at_once = logits_at_once
+    codes, saved = torch.zeros((3, *TEXT.code_shape), dtype=torch.int64), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model(codes, torch.zeros(3, TEXT.cond_length, dtype=torch.int64), codes)
+    return sum(tensor.numel() for tensor in saved if tensor.shape[-1:] == (19,) and tensor.ndim > 1)
+
+
+def test_logits_in_parts_are_not_kept_for_the_backward_pass():
+    assert saved_logits(logits_at_once=1) == 0
+    assert saved_logits(logits_at_once=2**30) > 0
