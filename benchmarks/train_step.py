@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,11 @@ from megarq.files import write_atomically
 from megarq.launch.environment import read_environment
 from megarq.launch.process_group import joined, rank_device
 from megarq.parallel.topology import ProcessGroups
+from megarq.planning.communication import Links
+from megarq.planning.estimate import GIB, Machine
 from megarq.planning.flops import layer_flops, training_flops
+from megarq.planning.layout import Layout
+from megarq.planning.plan import make_plan
 from megarq.rqvae.model import RQVAE
 from megarq.transformer.parameters import decayed
 
@@ -174,7 +179,31 @@ def summary(
         "tflops_per_device": achieved / 1e12,
         "peak_tflops": peak,
         "mfu": achieved / (peak * 1e12) if peak else None,
+        "planned_memory_gib": planned_bytes(config, ds, groups) / GIB,
     }
+
+
+def planned_bytes(config: RQTransformerRunConfig, ds: dict[str, Any], groups: ProcessGroups) -> float:
+    """What the planner expects the fullest rank to hold, without its reserve for what is not the run's."""
+    topology, train = groups.topology, config.train
+    micro, accumulation = batch_sizes(train, topology.dp)
+    layout = Layout(
+        topology.tp,
+        topology.pp,
+        topology.dp,
+        ds["zero_optimization"]["stage"],
+        config.parallel.sequence,
+        micro,
+        accumulation,
+        train.activation_checkpointing,
+        train.precision,
+        ema=train.ema_decay is not None,
+    )
+    links = Links(inside=1.0, between=1.0, gpus_per_node=layout.world)
+    machine = Machine(layout.world, links, float("inf"), reserve=0.0, peak=1.0, efficiency=1.0, memory_bandwidth=1.0)
+    return make_plan(
+        replace(config, train=replace(train, micro_batch_size=micro)), [layout], machine
+    ).recommended.needed
 
 
 if __name__ == "__main__":

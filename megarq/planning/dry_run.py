@@ -171,6 +171,7 @@ def dry_run(config: RQTransformerConfig, layout: Layout) -> DryRun:
         for tensor_rank in range(layout.tp):
             rank = stage * layout.tp * layout.dp + tensor_rank
             with _in_place_of(layout.topology(rank), layout.sequence) as groups:
+                assert groups.tensor.rank == tensor_rank and dist.get_world_size(groups.data) == layout.dp
                 shard = model_shard(config, layout, stage, groups.tensor)
             kinds[stage, tensor_rank] = RankKind(shard, optimizer_sharding(shard.parameters, layout))
     return DryRun(layout, whole, kinds, tuple(coverage_faults(whole, kinds, layout.tp)))

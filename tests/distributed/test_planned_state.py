@@ -54,7 +54,7 @@ class Held:
     parts: dict[str, int]
     """Bytes, named as in StateBytes."""
     everything: int
-    """Bytes of all tensors that came to life with the engine, scalars left out, just before the last step."""
+    """Bytes of all tensors that came to life with the engine, but scalars, just before the last step; 0 unasked."""
     fragments: dict[str, tuple[Any, int]]
     """What the rank would write into a checkpoint: places, and how many numbers."""
 
@@ -90,9 +90,9 @@ def gradients_of(engine: Any) -> Memory:
     return {place: size for place, size in memory_of(tensors_in(held)).items() if size != FP32 * BUCKET}
 
 
-def held_by_a_rank(config: RQTransformerRunConfig, ds: dict[str, Any]) -> Held:
+def held_by_a_rank(config: RQTransformerRunConfig, ds: dict[str, Any], look_at_everything: bool) -> Held:
     """Train two steps and look: at gradients before every forward pass and step, at the rest afterwards."""
-    before = all_tensors()
+    before = all_tensors() if look_at_everything else []
     engine, groups, resolved = live_engine(config, ds, config.parallel.tp)
     module, topology = trained_module(engine), groups.topology
     state = EngineState(engine, groups, config.train.ema_decay)
@@ -109,15 +109,16 @@ def held_by_a_rank(config: RQTransformerRunConfig, ds: dict[str, Any]) -> Held:
     batch = next(iter(Batches(config, topology.data_rank, topology.dp, LoaderState())))
     others = [*before, *tensors_in(vars(batch)), *task._rqvae.parameters(), *task._rqvae.buffers()]
     gradients: list[int] = []
-    everything: list[int] = []
+    everything = [0]
 
     def look(*_: Any) -> None:
         gradients.append(sum(gradients_of(engine).values()))
 
     def look_and_step(step: Any) -> None:
         look()
-        fresh = memory_of(all_tensors()).items() - memory_of(others).items()
-        everything.append(sum(size for _, size in fresh if size > SCALAR))
+        if look_at_everything:
+            fresh = memory_of(all_tensors()).items() - memory_of(others).items()
+            everything.append(sum(size for _, size in fresh if size > SCALAR))
         step()
 
     module.register_forward_pre_hook(look)
@@ -148,18 +149,17 @@ def states_of(engine: Any, state: EngineState) -> dict[str, Memory]:
     }
 
 
-def planned(config: RQTransformerRunConfig, layout: Layout, rank: int, persistence: int) -> dict[str, int]:
-    """The same bytes by the planner."""
-    run = dry_run(config.model, layout)
-    kind, data_rank = run.kind(rank), layout.topology(rank).data_rank
-    state = state_bytes(kind.shard, kind.sharding, layout, data_rank, persistence)
-    return {name: value for name, value in vars(state).items() if name != "host"}
-
-
 class Case:
     """A layout of the tiny model, planned and alive."""
 
-    def __init__(self, rank_group: Any, layout: Layout, persistence: int = 0, ema: bool = False) -> None:
+    def __init__(
+        self,
+        rank_group: Any,
+        layout: Layout,
+        persistence: int = 0,
+        ema: bool = False,
+        look_at_everything: bool = False,
+    ) -> None:
         self.layout = replace(layout, micro_batch=BATCH // layout.dp // layout.accumulation, ema=ema)
         self.persistence = persistence
         train = {"precision": layout.precision, "micro_batch_size": self.layout.micro_batch}
@@ -175,12 +175,19 @@ class Case:
         if layout.offload_parameters:
             zero["offload_param"] = {"device": "cpu"}
         group = rank_group(layout.world, f"tp{layout.tp}pp{layout.pp}")
-        self.held: list[Held] = group.run(held_by_a_rank, self.config, ds)
+        self.held: list[Held] = group.run(held_by_a_rank, self.config, ds, look_at_everything)
+        self.plan = dry_run(self.config.model, self.layout)
+
+    def planned(self, rank: int) -> dict[str, int]:
+        """The bytes of a rank by the planner."""
+        kind, data_rank = self.plan.kind(rank), self.layout.topology(rank).data_rank
+        state = state_bytes(kind.shard, kind.sharding, self.layout, data_rank, self.persistence)
+        return {name: value for name, value in vars(state).items() if name != "host"}
 
     def expect_state(self) -> None:
         """The planner's bytes are those found, part by part, on every rank."""
         for rank, held in enumerate(self.held):
-            assert held.parts == planned(self.config, self.layout, rank, self.persistence), f"rank {rank}"
+            assert held.parts == self.planned(rank), f"rank {rank}"
 
 
 def name_of(layout: Layout) -> str:
@@ -249,9 +256,9 @@ def test_state_with_offloaded_parameters(rank_group):
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_an_engine_holds_nothing_else_but_its_buckets(rank_group, zero):
-    case = Case(rank_group, Layout(tp=1, pp=1, dp=2, zero=zero))
+    case = Case(rank_group, Layout(tp=1, pp=1, dp=2, zero=zero), look_at_everything=True)
     for rank, held in enumerate(case.held):
-        state = sum(planned(case.config, case.layout, rank, 0).values()) - STEP_COUNTS
+        state = sum(case.planned(rank).values()) - STEP_COUNTS
         bucket = FP32 * BUCKET if zero == 3 else 0  # kept from step to step
         assert held.everything == state + bucket, f"rank {rank}"
 
@@ -263,7 +270,6 @@ def test_an_engine_holds_nothing_else_but_its_buckets(rank_group, zero):
 )
 def test_ranks_write_the_planned_fragments(rank_group, layout):
     case = Case(rank_group, replace(layout, accumulation=2), ema=True)
-    run = dry_run(case.config.model, case.layout)
     for rank, held in enumerate(case.held):
-        assert held.fragments == run.fragments(rank), f"rank {rank}"
-        assert run.file_bytes()[rank] == FP32 * sum(count for _, count in held.fragments.values())
+        assert held.fragments == case.plan.fragments(rank), f"rank {rank}"
+        assert case.plan.file_bytes()[rank] == FP32 * sum(count for _, count in held.fragments.values())
