@@ -23,7 +23,7 @@ test: install
 	$(BIN)/python -m pytest tests
 
 test-full: install
-	$(BIN)/python -m pytest tests --full
+	$(BIN)/python -m pytest tests --full --layout-table benchmarks/results/layouts.jsonl
 
 lint: install
 	$(BIN)/ruff check .
