@@ -220,8 +220,10 @@ def plain_run(
     """
     rqvae, train = tiny_rqvae(), config.train
     model = tiny_model(config, rqvae).train()
-    runner = copy.deepcopy(model).bfloat16() if train.precision == "bf16" else model
-    runner.load_codebook(rqvae.codebook_weights())
+    runner = copy.deepcopy(model) if train.precision == "bf16" else model
+    if train.precision == "bf16":
+        for p in runner.parameters():  # the codebook stays fp32
+            p.data = p.data.bfloat16()
     matrices = (nn.Linear, ColumnParallelLinear, RowParallelLinear, QKVParallelLinear)
     decayed = [module.weight for module in model.modules() if isinstance(module, matrices)]
     others = [p for p in model.parameters() if all(p is not weight for weight in decayed)]
