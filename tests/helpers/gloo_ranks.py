@@ -37,6 +37,8 @@ _IMPORTED_BY_RANKS = (
 )
 SECONDS_FOR_A_CASE = 120
 SECONDS_BETWEEN_LOOKS = 5
+CASES_OF_A_LIFE = 20
+"""After so many cases ranks are forked anew: each engine leaves process groups behind, whose threads never sleep."""
 
 
 class RankError(AssertionError):
@@ -66,12 +68,16 @@ class RankGroup:
         self.size = size
         self._folder = folder
         self._started = 0
+        self._cases = 0
         self._ranks: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
 
     def run(self, work: Callable[..., Any], *args: Any) -> list[Any]:
         """The answers of `work(*args)` from all ranks, in their order. Raises RankError."""
+        if self._cases == CASES_OF_A_LIFE:
+            self.close()
         if not self._ranks:
             self._start()
+        self._cases += 1
         message = pickle.dumps((work, args))
         for _, pipe in self._ranks:
             pipe.send_bytes(message)
@@ -103,6 +109,7 @@ class RankGroup:
     def _start(self) -> None:
         preload()
         self._started += 1
+        self._cases = 0
         rendezvous = self._folder / f"rendezvous{self._started}"
         fork = multiprocessing.get_context("fork")
         for rank in range(self.size):
