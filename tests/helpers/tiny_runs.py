@@ -51,14 +51,13 @@ def tiny_config(
 ) -> RQTransformerRunConfig:
     """A run of six steps with clipping that bites, warm-up and cosine; `train` changes fields of TrainConfig."""
     cond = {"text": (5, 12), "class": (1, 7), "none": (1, 1)}[condition]
-    stack = StackConfig(layers=1, heads=4)
     model = RQTransformerConfig(
         code_shape=[2, 2, 3],
         codebook_size=16,
         codebook_dim=8,
         embed_dim=32,
-        body=stack,
-        head=stack,
+        body=StackConfig(layers=3, heads=4),
+        head=StackConfig(layers=2, heads=4),
         cond_length=cond[0],
         cond_vocab_size=cond[1],
         dropout=dropout,
