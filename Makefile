@@ -23,6 +23,7 @@ test: install
 	$(BIN)/python -m pytest tests
 
 test-full: install
+	rm -f benchmarks/results/layouts.jsonl
 	$(BIN)/python -m pytest tests --full --layout-table benchmarks/results/layouts.jsonl
 
 lint: install

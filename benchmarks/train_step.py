@@ -28,6 +28,7 @@ from megarq.engine.metrics import memory_gib, peak_tflops
 from megarq.engine.start import resolve_and_place
 from megarq.engine.transformer_run import build_transformer
 from megarq.engine.transformer_task import TransformerTask
+from megarq.errors import ConfigError
 from megarq.files import write_atomically
 from megarq.launch.environment import read_environment
 from megarq.launch.process_group import joined, rank_device
@@ -65,6 +66,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = parse(argv)
+    check_options(args)
     config = load_config(args.model, args.overrides, "rq-transformer")
     assert isinstance(config, RQTransformerRunConfig)
     environment = read_environment(os.environ)
@@ -81,6 +83,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps(result, indent=2))
     if args.json:
         write_atomically(Path(args.json), json.dumps(result, indent=2) + "\n")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise ConfigError before anything is measured that could not be counted or written."""
+    if args.steps < 1 or args.warm_up < 0:
+        raise ConfigError(f"--steps {args.steps} --warm-up {args.warm_up}: give one step or more, after none or more.")
+    for file in filter(None, (args.json, args.trace)):
+        if not Path(file).absolute().parent.is_dir():
+            raise ConfigError(f"{file}: its folder does not exist. Create it first, or name another.")
 
 
 def measure(
@@ -187,17 +198,19 @@ def planned_bytes(config: RQTransformerRunConfig, ds: dict[str, Any], groups: Pr
     """What the planner expects the fullest rank to hold, without its reserve for what is not the run's."""
     topology, train = groups.topology, config.train
     micro, accumulation = batch_sizes(train, topology.dp)
+    zero = ds["zero_optimization"]
     layout = Layout(
         topology.tp,
         topology.pp,
         topology.dp,
-        ds["zero_optimization"]["stage"],
+        zero["stage"],
         config.parallel.sequence,
         micro,
         accumulation,
         train.activation_checkpointing,
         train.precision,
-        ema=train.ema_decay is not None,
+        *((zero.get(name) or {}).get("device") == "cpu" for name in ("offload_optimizer", "offload_param")),
+        train.ema_decay is not None,
     )
     links = Links(inside=1.0, between=1.0, gpus_per_node=layout.world)
     machine = Machine(layout.world, links, float("inf"), reserve=0.0, peak=1.0, efficiency=1.0, memory_bandwidth=1.0)

@@ -4,10 +4,13 @@ import argparse
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable
 
 from megarq.errors import ConfigError, MegarqError
 from megarq.launch.environment import read_environment
+
+SECONDS_FOR_RANK_ZERO = 5
 
 
 def run(main: Callable[[], None]) -> int:
@@ -21,6 +24,8 @@ def run(main: Callable[[], None]) -> int:
     except MegarqError as error:
         if rank == 0 or not isinstance(error, ConfigError):
             print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
+        else:
+            time.sleep(SECONDS_FOR_RANK_ZERO)  # a launcher ends all ranks with the first, and rank 0 must have spoken
         return 2
     except OSError as error:
         if error.filename is None:

@@ -4,6 +4,8 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from math import inf
+from typing import Any
 
 from megarq import cli
 from megarq.config.load import load_config
@@ -11,9 +13,10 @@ from megarq.errors import ConfigError
 from megarq.planning.communication import Links
 from megarq.planning.dry_run import dry_run
 from megarq.planning.estimate import GIB, Machine
-from megarq.planning.layouts import chosen_layouts, lawful_layouts
+from megarq.planning.layouts import CHOICES, chosen_layouts, lawful_layouts
 from megarq.planning.plan import facts, make_plan, render
 
+MOST_GPUS = 65_536
 EXAMPLE = """example:
   python tools/plan.py --model t2i-3.9b --gpus 64 --gpu-memory 80 --global-batch 2048
   python tools/plan.py --model t2i-20b --gpus 512 --gpu-memory 80 --json
@@ -50,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = parse(argv)
     machine = read_machine(args)
+    check_not_planned(args.overrides)
     overrides = list(args.overrides)
     if args.global_batch:
         overrides.append(f"train.global_batch_size={args.global_batch}")
@@ -61,22 +65,51 @@ def main(argv: Sequence[str] | None = None) -> None:
     layouts = list(lawful_layouts(config, args.gpus, args.gpus_per_node))
     if args.layout:
         layouts = chosen_layouts(args.layout, layouts)
-    plan = make_plan(config, layouts, machine)
-    numbers = facts(plan, args.model, config, machine, images, overrides)
-    pages = [render(numbers)]
+    numbers: dict[str, Any] = {}
+    pages = []
+    rehearsed = layouts[0]
+    try:
+        plan = make_plan(config, layouts, machine)
+    except ConfigError as error:
+        if not args.dry_run:
+            raise
+        pages.append(f"{error}\n\nThe dry run needs no memory; of the layouts asked for it takes the plainest.")
+        numbers["does_not_fit"] = str(error)
+    else:
+        rehearsed = plan.recommended.layout
+        numbers = facts(plan, args.model, config, machine, images, overrides)
+        pages.append(render(numbers))
     if args.dry_run:
-        rehearsal = dry_run(config.model, plan.recommended.layout)
+        rehearsal = dry_run(config.model, rehearsed)
         numbers["dry_run"] = rehearsal.facts()
         pages.append(rehearsal.render())
     print(json.dumps(numbers, indent=2) if args.json else "\n\n".join(pages))
 
 
+def check_not_planned(overrides: Sequence[str]) -> None:
+    """Raise ConfigError where the command line sets what the planner chooses."""
+    for text in overrides:
+        key, _, value = text.partition("=")
+        section, _, name = key.partition(".")
+        if name in CHOICES and section in ("parallel", "train"):
+            raise ConfigError(f"{text}: the planner chooses it. Use --layout {name}={value} to plan for that alone.")
+
+
 def read_machine(args: argparse.Namespace) -> Machine:
     """What the options say of the GPUs. Raises ConfigError."""
     positive = ("gpus", "gpus_per_node", "gpu_memory", "images", "peak_tflops", "efficiency", "memory_gb_s")
-    for name in (*positive, "link_gb_s", "node_link_gb_s"):
-        if getattr(args, name) <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name):g}: give a number above 0.")
+    for name in (*positive, "link_gb_s", "node_link_gb_s", "global_batch", "epochs"):
+        value = getattr(args, name)
+        if value is not None and not (0 < value < inf):
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g}: give a number above 0.")
+    if args.gpus > MOST_GPUS:
+        raise ConfigError(f"--gpus {args.gpus}: give {MOST_GPUS:,} at most.")
+    if args.efficiency > 1:
+        raise ConfigError(f"--efficiency {args.efficiency:g}: it is a share of the peak. Give at most 1.")
+    if not 0 <= args.reserve < args.gpu_memory:
+        raise ConfigError(
+            f"--reserve {args.reserve:g} of --gpu-memory {args.gpu_memory:g} GiB: give 0 or more, and less than all."
+        )
     links = Links(args.link_gb_s * 1e9, args.node_link_gb_s * 1e9, args.gpus_per_node)
     return Machine(
         args.gpus,

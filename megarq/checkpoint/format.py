@@ -165,7 +165,7 @@ class Checkpoint:
             size = path.stat().st_size if path.exists() else None
             if size != entry["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise CheckpointError(f"{path} {found}, {entry['bytes']} were written: {_DAMAGED}")
+                raise CheckpointError(f"{path} {found}, {entry['bytes']} bytes were written: {_DAMAGED}")
         return cls(folder, metadata)
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:

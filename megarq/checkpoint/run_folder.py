@@ -7,7 +7,7 @@ from typing import Any
 
 from megarq.checkpoint.format import Checkpoint
 from megarq.errors import CheckpointError
-from megarq.parallel.together import Gather
+from megarq.parallel.together import Gather, together
 
 LATEST = "latest"
 
@@ -38,7 +38,7 @@ def newest_checkpoint(run: str | Path, rank: int = 0, world_size: int = 1, gathe
     Returns None where the run has no checkpoint. Raises CheckpointError where none is whole.
     """
     root = checkpoints_folder(run)
-    names = gather(_candidates(root))[0]
+    names = together(lambda: _candidates(root), gather)[0]
     problems: list[str] = []
     for name in names:
         checkpoint, problem = None, None

@@ -38,6 +38,8 @@ _PATIENCE = 600.0
 _SHARE = 0.75
 """Share of a host's available memory that copies may take."""
 
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+
 logger = logging.getLogger(__name__)
 
 
@@ -230,12 +232,16 @@ class CheckpointWriter:
 
 
 def available_memory() -> int:
-    """Bytes of memory that this host could give without swapping; none where it does not say."""
+    """Bytes that this host could give without swapping, within the job's control group; none where it does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    with suppress(OSError, ValueError):  # no such group, or "max": no limit
+        limit, used = (int((_CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    return free
 
 
 def _entry_file(rank: int) -> str:

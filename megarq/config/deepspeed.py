@@ -259,6 +259,7 @@ def _fill_pipeline(resolved: dict[str, Any], parallel: ParallelConfig) -> None:
             )
     if parallel.pp > 1:
         resolved["pipeline"] = dict.fromkeys(sorted(_SECTIONS["pipeline"]), False)
+        resolved["zero_optimization"]["overlap_comm"] = False  # which pipelines lack, and say so on every rank
 
 
 def check_zero(ds: Mapping[str, Any], parallel: ParallelConfig, data_parallel: int) -> None:

@@ -56,6 +56,13 @@ def _check_tensor(model: RQTransformerConfig, parallel: ParallelConfig) -> None:
                 f"{name}={size} is not divisible by parallel.tp={parallel.tp}. Choose a tp that divides it."
             )
 
+    body = model.cond_length + model.positions - 1
+    if parallel.sequence and body < parallel.tp:
+        raise ConfigError(
+            f"parallel.sequence over parallel.tp={parallel.tp}: the body has {body} tokens, fewer than ranks. "
+            "Set parallel.sequence=false or lower parallel.tp."
+        )
+
 
 def _check_pipeline(model: RQTransformerConfig, parallel: ParallelConfig) -> None:
     """Each stage holds a layer, and no two stages share one."""

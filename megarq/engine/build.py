@@ -61,39 +61,40 @@ class ModelParallelUnit:
 def construction(
     ds: Mapping[str, Any], groups: ProcessGroups, device: torch.device, enabled: bool = True
 ) -> Iterator[None]:
-    """While the body builds a module for ZeRO-3, cut each layer's parameters as soon as the layer joins its parent.
+    """While the body builds a module, give each layer's parameters their place as soon as the layer joins its parent.
 
-    No rank then ever holds more than its part and one layer. `fragments.write_sharded` gives the parameters their
-    values; buffers stay whole. Without ZeRO-3, or where it is not `enabled`, nothing happens.
+    They go to the device in the training precision; for ZeRO-3 they are cut there, and no rank ever holds more than its
+    part and one layer. `fragments.write_sharded` gives them their values. Buffers stay as they are.
 
     Args:
         ds: DeepSpeed's configuration, complete.
         groups: this rank's process groups; parameters are cut over its data-parallel ranks.
         device: where to train.
-        enabled: `parallel.sharded_init`.
+        enabled: `parallel.sharded_init`, whether to cut.
     """
-    if not enabled or zero_stage(ds) < 3:
-        yield
-        return
-    deepspeed = import_deepspeed(device)
-    deepspeed.init_distributed(dist_init_required=False)
+    sharded = enabled and zero_stage(ds) == 3
+    if sharded:
+        deepspeed = import_deepspeed(device)
+        deepspeed.init_distributed(dist_init_required=False)
     dtype = torch.bfloat16 if ds["bf16"]["enabled"] else torch.float32
     first: Any = None
 
-    def cut(parent: nn.Module, name: str, layer: nn.Module | None) -> None:
+    def place(parent: nn.Module, name: str, layer: nn.Module | None) -> None:
         nonlocal first
         whole = [p for p in layer.parameters() if not is_sharded(p)] if layer is not None else []
         for parameter in whole:
-            parameter.data = parameter.data.to(dtype)
-        if whole and first is None:
+            parameter.data = parameter.data.to(device, dtype)
+        if not sharded or not whole:
+            return
+        if first is None:
             mpu = _mpu(groups)
             data = groups.data if mpu else None
             deepspeed.zero.Init(layer, data_parallel_group=data, config_dict_or_path=dict(ds), mpu=mpu)
             first = whole[0]
-        elif whole:
+        else:
             first.convert_to_zero_parameters(param_list=whole)
 
-    hook = register_module_module_registration_hook(cut)
+    hook = register_module_module_registration_hook(place)
     try:
         yield
     finally:
@@ -141,7 +142,7 @@ def prepare(
     if train.compile:
         for layer in module.modules():
             if isinstance(layer, Block):
-                layer.compile()
+                layer.compile(dynamic=False)  # body and head have one length each: two graphs, nothing to generalise
     return kernels.adamw(
         parameter_groups(module, train.weight_decay, decayed), lr=train.lr, betas=(train.betas[0], train.betas[1])
     )

@@ -14,7 +14,17 @@ from megarq.files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 _GIB = 2**30
-_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "V100": 125.0}
+_PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H200": 989.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+    "V100": 125.0,
+}
 _SHORT_NAMES = {"image_loss": "img", "caption_loss": "txt", "reconstruction_loss": "rec", "commitment_loss": "commit"}
 
 

@@ -159,8 +159,9 @@ class Session:
     def _means(self, plan: RunPlan) -> str:
         """What computes, and what the MFU is held against."""
         kernels = choose_kernels(self.config.train.kernels, self.device, self.ds).describe()
-        peak = "unknown: no mfu" if plan.peak_tflops is None else f"{plan.peak_tflops:g} TFLOP/s, which mfu is of"
-        return f"{kernels} | peak of a device {peak} | {plan.flops_per_image / 1e9:.4g} GFLOP to train on an image"
+        peak = "unknown" if plan.peak_tflops is None else f"{plan.peak_tflops:g} TFLOP/s (dense bf16)"
+        cost = f"{plan.flops_per_image / 1e9:.4g} GFLOP to train on an image"
+        return f"{kernels} | mfu against a device's peak: {peak} | {cost}"
 
 
 def copy_once(source: Path, run: Path, name: str) -> None:

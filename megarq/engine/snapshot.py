@@ -6,17 +6,17 @@ import torch
 import torch.distributed as dist
 
 from megarq.parallel.topology import ProcessGroups
-from megarq.transformer.inputs import FrozenCodebook
+from megarq.rqvae.model import RQVAE
 from megarq.transformer.rq_transformer import RQTransformer
 from megarq.transformer.stages import Stage
 
 
 @torch.no_grad()
-def whole_transformer(engine: Any, module: Stage, groups: ProcessGroups) -> RQTransformer | None:
+def whole_transformer(engine: Any, module: Stage, groups: ProcessGroups, rqvae: RQVAE) -> RQTransformer | None:
     """The engine's transformer; where ZeRO-3 or a pipeline cuts it, a copy gathered parameter by parameter.
 
     Collective. The copy of a pipeline is made on its first stage, None on the others. Tensor-parallel ranks each get
-    their slice.
+    their slice. `rqvae` gives the copy its codebook, in fp32 as the engine's.
     """
     sharded = engine.zero_optimization_stage() == 3
     if not sharded and groups.topology.pp == 1:
@@ -25,17 +25,16 @@ def whole_transformer(engine: Any, module: Stage, groups: ProcessGroups) -> RQTr
     if groups.topology.pipeline_rank > 0:
         _send(module, groups)
         return None
-    codebooks = [part for part in module.modules() if isinstance(part, FrozenCodebook)]
     first = next(module.parameters())
     with torch.device(first.device):
-        copy = RQTransformer(module.config, groups.tensor, shared_codebook=all(part.shared for part in codebooks))
-    copy.to(first.dtype)
+        copy = RQTransformer(module.config, groups.tensor, shared_codebook=rqvae.config.shared_codebook)
+    for parameter in copy.parameters():
+        parameter.data = parameter.data.to(first.dtype)
     if sharded:
         _gather(module, copy)
     else:
         _receive(module, copy, groups)
-    if codebooks:
-        copy.load_codebook(codebooks[0].vectors)
+    copy.load_codebook(rqvae.codebook_weights())
     return copy.eval()
 
 

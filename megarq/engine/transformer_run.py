@@ -18,6 +18,7 @@ from megarq.engine.session import Session, copy_once
 from megarq.engine.transformer_task import TransformerTask
 from megarq.errors import ConfigError, DataError
 from megarq.inference.pretrained import load_rqvae, save_rqvae
+from megarq.parallel.together import alike
 from megarq.parallel.topology import ProcessGroups
 from megarq.rqvae.model import RQVAE, fingerprint
 from megarq.text.tokenizer import TextTokenizer
@@ -46,12 +47,12 @@ def train_transformer(
     """
     config, topology = session.config, session.groups.topology
     assert isinstance(config, RQTransformerRunConfig)
-    rqvae = load_rqvae(codes, session.device).requires_grad_(False)
-    train_data, held_out = open_data(config, codes, validation, rqvae)
+    rqvae = alike(lambda: load_rqvae(codes, session.device)).requires_grad_(False)
+    train_data, held_out = alike(lambda: open_data(config, codes, validation, rqvae))
     if session.checkpoint is not None:
         train_data.check_fingerprint(session.checkpoint.metadata["rqvae_fingerprint"])
-    tokenizer = open_tokenizer(config, tokenizer_file)
-    loader, held_out_batches = make_batches(session, train_data, held_out, tokenizer)
+    tokenizer = alike(lambda: open_tokenizer(config, tokenizer_file))
+    loader, held_out_batches = alike(lambda: make_batches(session, train_data, held_out, tokenizer))
     module = build_transformer(config, session.ds, session.groups, session.device, layer_flops, rqvae)
     session.keep_beside(lambda run: save_rqvae(rqvae, run / "rqvae"))
     if tokenizer_file is not None and tokenizer is not None:

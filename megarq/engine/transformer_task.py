@@ -60,9 +60,11 @@ class TransformerTask:
             self.passes = PipelinePasses(engine, module, groups, self._example, self._objective, names)
 
     def micro_batches(self, batch: CodeBatch, count: int) -> list[CodeBatch]:
-        """Equal parts of a rank's share, in order."""
+        """Equal parts of a rank's share, in order; what the model reads goes to the device once for all of them."""
         names = [field.name for field in fields(batch) if isinstance(getattr(batch, field.name), Tensor)]
-        parts = [getattr(batch, name).chunk(count) for name in names]
+        shares = {name: getattr(batch, name) for name in names}
+        shares |= {name: shares[name].to(self._device) for name in ("codes", "cond", "latents") if name in shares}
+        parts = [shares[name].chunk(count) for name in names]
         return [replace(batch, **dict(zip(names, part, strict=True))) for part in zip(*parts, strict=True)]
 
     def validate(self) -> dict[str, float] | None:
@@ -87,7 +89,7 @@ class TransformerTask:
 
     def pictures(self) -> tuple[Tensor, str] | None:
         """Pictures of a few prompts or classes, sampled with the configuration's settings."""
-        model = whole_transformer(self._engine, self._module, self._groups)
+        model = whole_transformer(self._engine, self._module, self._groups, self._rqvae)
         if model is None:
             return None
         cond, text = self._shown_conditions()
@@ -118,14 +120,16 @@ class TransformerTask:
         The latter are targets (codes, or this rank's slice of soft ones [b, H, W, D, K/P]), cond, and the samples that
         count, bool [b].
         """
-        codes, cond = batch.codes.to(self._device), batch.cond.to(self._device)
-        kept = batch.weights.to(self._device).bool()
+        codes, cond, kept = batch.codes, batch.cond, batch.weights.to(self._device).bool()
         if batch.latents is None:
             return (codes, cond), (codes, cond, kept)
         seed, places = self._config.train.seed, zip(batch.sample_ids.tolist(), batch.epochs.tolist(), strict=True)
         generators = [named_generator(seed, "draw", sample, epoch) for sample, epoch in places]
-        latents = batch.latents.to(self._device).float()
-        codes, soft = self._rqvae.draw_codes(latents, self._config.objective.temperature, generators)
+        latents, temperature = batch.latents.float(), self._config.objective.temperature
+        if self._groups.topology.pp > 1 and self._groups.topology.pipeline_rank == 0:
+            codes = self._rqvae.draw_hard_codes(latents, temperature, generators)  # the targets are the last stage's
+            return (codes, cond), (codes, cond, kept)
+        codes, soft = self._rqvae.draw_codes(latents, temperature, generators)
         return (codes, cond), (split_to(soft, self._groups.tensor), cond, kept)
 
     def _shown_conditions(self) -> tuple[Tensor, str]:

@@ -29,7 +29,8 @@ def joined(environment: LaunchEnvironment, device: torch.device) -> Iterator[Non
     """The default process group while the body runs: NCCL on GPUs, gloo otherwise; a group of one when started alone.
 
     The launcher's variables are completed for libraries that read them, and the group is destroyed at the end:
-    processes that exit with a live group now and then abort after success.
+    processes that exit with a live group now and then abort after success. Not so where the body fails on a GPU: NCCL
+    would wait there for peers that wait in a collective, and the launcher, which ends them, for this process.
     """
     # DeepSpeed takes cuda:$LOCAL_RANK: another device than ours where a launcher shows each rank one GPU alone.
     local_rank = device.index if device.type == "cuda" else environment.local_rank
@@ -44,10 +45,13 @@ def joined(environment: LaunchEnvironment, device: torch.device) -> Iterator[Non
         world_size=environment.world_size,
         timeout=TIMEOUT,
     )
+    failed = True
     try:
         yield
+        failed = False
     finally:
-        dist.destroy_process_group()
+        if not (failed and device.type == "cuda"):
+            dist.destroy_process_group()
 
 
 def _store(environment: LaunchEnvironment) -> dist.Store:

@@ -27,7 +27,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megarq.errors import ConfigError
 from megarq.parallel.topology import TensorGroup
 
 
@@ -62,7 +61,7 @@ def scatter_tokens(x: Tensor, tp: TensorGroup) -> Tensor:
 
 
 def split_tokens(x: Tensor, tp: TensorGroup) -> Tensor:
-    """Keep this rank's tokens, [B, S, E] to [n, E]. Raises ConfigError where the padding would be a sequence."""
+    """Keep this rank's tokens, [B, S, E] to [n, E]."""
     return _SplitTokens.apply(x, tp) if tp.sequence else x
 
 
@@ -102,11 +101,7 @@ def _padded_rows(x: Tensor, tp: TensorGroup) -> Tensor:
     """[B, S, E] to [P n, E]."""
     rows = x.flatten(0, 1).contiguous()
     missing = -len(rows) % tp.size
-    if missing >= x.shape[1]:
-        raise ConfigError(
-            f"parallel.sequence over parallel.tp={tp.size}: a batch of {x.shape[0]} x {x.shape[1]} tokens would need "
-            f"{missing} of padding, a whole sequence. Set parallel.sequence=false or lower parallel.tp."
-        )
+    assert missing < x.shape[1], "with a whole sequence of padding n P // S would not be B: check_layout refuses it"
     return F.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 

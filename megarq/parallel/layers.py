@@ -8,7 +8,7 @@ where they are not cut by A: the column layer gathers X, forward and again backw
 
 torch stores A transposed, so columns of A are dimension 0 of `weight`. A cut parameter carries `partition_dim`, the
 dimension that is cut, from which initialisation and checkpoints know its place in the full tensor.
-Constructors leave weights uninitialised: `initialization.initialize` fills them, the same for every P.
+Constructors leave weights uninitialised: `NamedParameters.initialize` fills them, the same for every P.
 
 Shapes: N tokens (any leading dimensions), B sequences of S tokens, n tokens of this rank's slice, E width, P
 tensor-parallel size.
@@ -148,7 +148,7 @@ class QKVParallelLinear(nn.Module):
 
 
 class DepthParallelLinear(nn.Module):
-    """A ColumnParallelLinear for each depth: [..., D, in] to [..., D, out/P]."""
+    """A column-parallel Linear for each depth, [..., D, in] to [..., D, out/P]; its all-reduce overlaps nothing."""
 
     def __init__(self, depth: int, in_features: int, out_features: int, tp: TensorGroup = ALONE) -> None:
         super().__init__()

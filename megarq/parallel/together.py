@@ -19,6 +19,13 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def alike(action: Callable[[], T]) -> T:
+    """This rank's result of an action that all ranks do; where it fails on any rank, raise on all (collective)."""
+    kept: list[T] = []
+    together(lambda: kept.append(action()))
+    return kept[0]
+
+
 def together(action: Callable[[], T], gather: Gather = gather_objects) -> list[T]:
     """Run `action` on every rank and return all results; where it fails on any rank, raise on all (collective).
 

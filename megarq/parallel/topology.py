@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megarq.config.run import ParallelConfig
+from megarq.launch.process_group import TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class ProcessGroups:
 def _own_group(topology: Topology, axis: str) -> ProcessGroup:
     own: ProcessGroup | None = None
     for line in topology.lines(axis):
-        group = dist.new_group(line)
+        group = dist.new_group(line, timeout=TIMEOUT)
         if isinstance(group, ProcessGroup) and topology.rank in line:
             own = group
     assert isinstance(own, ProcessGroup), "every rank stands in one line of each axis"

@@ -105,7 +105,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageCosts:
     """What a pipeline stage of some tensor-parallel size costs, whatever else a layout says."""
 
     layers: tuple[str, ...]
@@ -122,7 +122,7 @@ class Stage:
     """Those of its classifiers."""
 
     @classmethod
-    def of(cls, config: RQTransformerRunConfig, shard: Shard) -> "Stage":
+    def of(cls, config: RQTransformerRunConfig, shard: Shard) -> "StageCosts":
         """The costs of a shard."""
         flops = layer_flops(config.model)
         sizes = {parameter.name: parameter.numel for parameter in shard.parameters}
@@ -140,7 +140,7 @@ def estimate(
     config: RQTransformerRunConfig,
     layout: Layout,
     machine: Machine,
-    stages: Sequence[Stage],
+    stages: Sequence[StageCosts],
     states: Sequence[StateBytes],
 ) -> Estimate:
     """What a layout needs and does, given each stage and the state of a rank of it."""
@@ -162,7 +162,7 @@ def estimate(
 
 
 def _memory(
-    config: RQTransformerRunConfig, layout: Layout, stage: Stage, state: StateBytes, index: int
+    config: RQTransformerRunConfig, layout: Layout, stage: StageCosts, state: StateBytes, index: int
 ) -> dict[str, float]:
     """Bytes of a rank of stage `index`, by kind."""
     saved = held_micro_batches(layout, index) * activation_bytes(config, layout, stage.layers)
@@ -194,7 +194,7 @@ def _buffer_bytes(layout: Layout, parameters: int, activations: int) -> int:
     return buckets * bucket * each + copied * (each + (FP32 if each < FP32 else 0))
 
 
-def _sent(config: RQTransformerRunConfig, layout: Layout, stage: Stage) -> dict[str, int]:
+def _sent(config: RQTransformerRunConfig, layout: Layout, stage: StageCosts) -> dict[str, int]:
     """Bytes that a rank of a stage sends in a step, by kind."""
     tensor = tensor_traffic(config, layout, stage.layers)
     return {
@@ -206,7 +206,7 @@ def _sent(config: RQTransformerRunConfig, layout: Layout, stage: Stage) -> dict[
 
 
 def _seconds(
-    config: RQTransformerRunConfig, layout: Layout, machine: Machine, stages: Sequence[Stage]
+    config: RQTransformerRunConfig, layout: Layout, machine: Machine, stages: Sequence[StageCosts]
 ) -> dict[str, float]:
     """A step's time by part."""
     computing = [_compute_seconds(config, layout, machine, stage) for stage in stages]
@@ -230,7 +230,7 @@ def _seconds(
 
 
 def _compute_seconds(
-    config: RQTransformerRunConfig, layout: Layout, machine: Machine, stage: Stage
+    config: RQTransformerRunConfig, layout: Layout, machine: Machine, stage: StageCosts
 ) -> tuple[float, float]:
     """Of a micro-batch in a stage, forward and backward."""
     again = stage.block_flops if layout.activation_checkpointing else 0
@@ -241,7 +241,7 @@ def _compute_seconds(
 
 
 def _micro_batch_seconds(
-    config: RQTransformerRunConfig, layout: Layout, machine: Machine, stage: Stage, forward: float, backward: float
+    config: RQTransformerRunConfig, layout: Layout, machine: Machine, stage: StageCosts, forward: float, backward: float
 ) -> float:
     """Of a micro-batch in a stage, with the communication that its products do not hide."""
     links = machine.links

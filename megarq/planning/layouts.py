@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import isqrt
 from typing import Any
 
 import yaml
@@ -24,6 +25,11 @@ def lawful_layouts(config: RQTransformerRunConfig, gpus: int, gpus_per_node: int
     Tensor groups stay inside a node. ZeRO over one data-parallel rank cuts nothing and is listed as stage 1 alone.
     Raises ConfigError, with the reason that the plainest one is refused, where there is none.
     """
+    if gpus > gpus_per_node and gpus % gpus_per_node:
+        raise ConfigError(
+            f"--gpus {gpus} with --gpus-per-node {gpus_per_node}: the nodes would differ. "
+            f"Give a multiple of {gpus_per_node}, or another --gpus-per-node."
+        )
     refused: list[ConfigError] = []
     lawful = 0
     for layout in _layouts(config, gpus, gpus_per_node):
@@ -68,7 +74,8 @@ def micro_batches(config: RQTransformerRunConfig, layout: Layout) -> Iterator[La
 
 
 def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+    small = [size for size in range(1, isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def chosen_layouts(text: str, layouts: Sequence[Layout]) -> list[Layout]:
@@ -81,7 +88,15 @@ def chosen_layouts(text: str, layouts: Sequence[Layout]) -> list[Layout]:
                 f"--layout {text}: {key!r} is none of {', '.join(CHOICES)}.{suggestion(key, CHOICES)} "
                 "Give for example --layout tp=8,pp=4,zero=1."
             )
-        wanted[key] = yaml.safe_load(value)
+        try:
+            wanted[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            wanted[key] = value
+        known = sorted({getattr(layout, key) for layout in layouts})
+        if wanted[key] not in known:
+            raise ConfigError(
+                f"--layout {text}: no lawful layout has {key}={value}. Choose {key} among {', '.join(map(str, known))}."
+            )
     chosen = [layout for layout in layouts if all(getattr(layout, key) == value for key, value in wanted.items())]
     if not chosen:
         raise ConfigError(

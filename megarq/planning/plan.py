@@ -11,7 +11,7 @@ from typing import Any
 from megarq.config.run import RQTransformerRunConfig
 from megarq.errors import ConfigError
 from megarq.parallel.topology import TensorGroup
-from megarq.planning.estimate import GIB, Estimate, Machine, Stage, estimate
+from megarq.planning.estimate import GIB, Estimate, Machine, StageCosts, estimate
 from megarq.planning.flops import training_flops
 from megarq.planning.layout import Layout
 from megarq.planning.layouts import launch_command, micro_batches
@@ -39,7 +39,7 @@ class Plan:
 def make_plan(config: RQTransformerRunConfig, layouts: Sequence[Layout], machine: Machine) -> Plan:
     """Estimate all layouts, given from the plainest to the most intricate. Raises ConfigError where none fits."""
     shards: dict[tuple[int, int], list[Shard]] = {}
-    stages: dict[tuple[int, int], list[Stage]] = {}
+    stages: dict[tuple[int, int], list[StageCosts]] = {}
     fit: list[Estimate] = []
     unfit: list[Estimate] = []
     for layout in layouts:
@@ -47,7 +47,7 @@ def make_plan(config: RQTransformerRunConfig, layouts: Sequence[Layout], machine
         if cut not in shards:
             group = TensorGroup(size=layout.tp)
             shards[cut] = [model_shard(config.model, layout, stage, group) for stage in range(layout.pp)]
-            stages[cut] = [Stage.of(config, shard) for shard in shards[cut]]
+            stages[cut] = [StageCosts.of(config, shard) for shard in shards[cut]]
         found = _estimates(config, layout, machine, shards[cut], stages[cut])
         fitting = [one for one in found if one.needed <= machine.memory]
         if fitting:
@@ -60,7 +60,7 @@ def make_plan(config: RQTransformerRunConfig, layouts: Sequence[Layout], machine
         raise ConfigError(
             f"nothing fits into {machine.memory / GIB:g} GiB on {machine.gpus} GPUs: the closest layout, "
             f"{describe_layout(closest.layout)}, needs {closest.needed / GIB:.1f} GiB. Give more --gpus or "
-            "--gpu-memory, or train with --ds_config zero3-offload.json."
+            "--gpu-memory, a smaller --reserve, or train with --ds_config zero3-offload.json."
         )
     recommended = next(one for one in fit if one.step <= TIE * min(one.step for one in fit))
     return Plan(sorted(fit, key=lambda one: one.step), unfit, recommended)
@@ -71,7 +71,7 @@ def _estimates(
     layout: Layout,
     machine: Machine,
     shards: Sequence[Shard],
-    stages: Sequence[Stage],
+    stages: Sequence[StageCosts],
 ) -> list[Estimate]:
     """One for each micro-batch, smallest first."""
     states: dict[bool, list[StateBytes]] = {}

@@ -32,10 +32,13 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def record_layout(request: pytest.FixtureRequest) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Takes a line of the table of measured deviations, written at the end where --layout-table names a file."""
-    lines: list[dict[str, Any]] = []
-    yield lines.append
+def record_layout(request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], None]:
+    """Takes a line of the table of measured deviations, and adds it to the file that --layout-table names."""
     table = request.config.getoption("--layout-table")
-    if table:
-        Path(table).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def record(line: dict[str, Any]) -> None:
+        if table:
+            with Path(table).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    return record

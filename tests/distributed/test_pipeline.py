@@ -59,16 +59,20 @@ def train_look_train(config: RQTransformerRunConfig, ds: dict[str, Any], paralle
     return values, None if shown is None else shown[0], loss
 
 
-@pytest.fixture(scope="module")
-def alone(rank_group) -> Seen:
-    layout = LAYOUTS["dp1 ZeRO-1"]
+def config_of(body_input: str) -> RQTransformerRunConfig:
     config = tiny_config("class", soft=True, dropout=0.1, micro_batch_size=4)
-    return layout.on(rank_group).run(train_look_train, config, layout.ds, layout.parallel)[0]
+    return replace(config, model=replace(config.model, body_input=body_input))
+
+
+@pytest.fixture(scope="module", params=["codebook", "learned"])
+def alone(rank_group, request) -> tuple[RQTransformerRunConfig, Seen]:
+    layout, config = LAYOUTS["dp1 ZeRO-1"], config_of(request.param)
+    return config, layout.on(rank_group).run(train_look_train, config, layout.ds, layout.parallel)[0]
 
 
 @pytest.mark.parametrize("name", ["pp2 ZeRO-1", "pp4 ZeRO-1", "tp2 pp2 ZeRO-1", "tp2 sequence pp2 ZeRO-1"])
 def test_validation_and_pictures_are_those_of_a_single_process(rank_group, alone, name):
-    layout, config = LAYOUTS[name], tiny_config("class", soft=True, dropout=0.1, micro_batch_size=4)
+    layout, (config, alone) = LAYOUTS[name], alone
     seen = layout.on(rank_group).run(train_look_train, config, layout.ds, layout.parallel)
     for values, _, loss in seen:
         assert values == pytest.approx(alone[0], rel=1e-5)

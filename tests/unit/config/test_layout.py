@@ -56,6 +56,10 @@ def test_lawful_layouts_pass(parallel, stage):
         ({"parallel": {"tp": 5}}, r"parallel.tp=5 x parallel.pp=1 = 5 does not divide the 24 ranks started. Start"),
         ({"parallel": {"tp": 4, "pp": 4}}, r"parallel.tp=4 x parallel.pp=4 = 16 does not divide the 24 ranks"),
         ({"parallel": {"tp": 0}}, "parallel.tp=0: use"),
+        (
+            {"parallel": {"tp": 4, "sequence": True}, "model": {"code_shape": [1, 1, 4], "cond_length": 2}},
+            "parallel.sequence over parallel.tp=4: the body has 2 tokens, fewer than ranks. Set parallel.sequence",
+        ),
         ({"parallel": {}, "global_batch_size": 25}, "train.global_batch_size=25 is not divisible by the 24"),
         ({"parallel": {"tp": 4}, "micro_batch_size": 3}, "train.micro_batch_size=3 does not divide a rank's share"),
         ({"parallel": {"pp": 2}, "stage": 2}, "parallel.pp=2 with ZeRO stage 2.*Use --ds_config zero1.json"),

@@ -42,7 +42,7 @@ def test_a_model_is_built_whole_without_zero_3_or_where_told_so(stage, enabled):
 @pytest.mark.parametrize("wanted", [False, True])
 def test_blocks_are_compiled_where_that_is_asked_for(monkeypatch, wanted):
     compiled = []
-    monkeypatch.setattr(Block, "compile", lambda block: compiled.append(block))
+    monkeypatch.setattr(Block, "compile", lambda block, dynamic: compiled.append(block))
     module = nn.Sequential(Block(8, StackConfig(heads=2), 0.0), nn.Linear(8, 8))
     prepare(module, TrainConfig(steps=1, compile=wanted), lambda name: True, choose_kernels("auto", CPU, ZERO1))
     assert compiled == ([module[0]] if wanted else [])

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from megarq.errors import ConfigError
 from megarq.parallel.collectives import gather_tokens, join_tokens, scatter_tokens, split_tokens
 from megarq.parallel.topology import ALONE, TensorGroup
 
@@ -20,10 +19,3 @@ def test_tokens_are_cut_as_one_list_with_zeros_after_the_last():
 def test_tokens_stay_whole_without_sequence_parallelism(tp):
     whole = [split_tokens(TOKENS, tp), join_tokens(TOKENS, tp, 5), gather_tokens(TOKENS, tp, 5)]
     assert all(x is TOKENS for x in [*whole, scatter_tokens(TOKENS, tp)])
-
-
-def test_padding_of_a_whole_sequence_is_refused():
-    """It could not be told from one more sequence."""
-    message = r"tp=4: a batch of 1 x 2 tokens would need 2 of padding, a whole sequence. Set parallel.sequence=false"
-    with pytest.raises(ConfigError, match=message):
-        split_tokens(torch.ones(1, 2, 3), TensorGroup(None, 0, 4, sequence=True))

@@ -44,7 +44,12 @@ def test_no_lawful_layout_is_refused_with_the_reason(run_config) -> None:
     with pytest.raises(
         ConfigError, match="no layout over 11 GPUs is lawful: train.global_batch_size=12 is not divisible"
     ):
-        list(lawful_layouts(run_config, 11, 8))
+        list(lawful_layouts(run_config, 11, 11))
+
+
+def test_nodes_that_are_not_full_are_refused(run_config) -> None:
+    with pytest.raises(ConfigError, match=r"--gpus 12 with --gpus-per-node 8: the nodes would differ. Give a multiple"):
+        list(lawful_layouts(run_config, 12, 8))
 
 
 def test_micro_batches_divide_a_ranks_share(run_config) -> None:
@@ -68,7 +73,7 @@ def test_an_unknown_choice_is_refused_with_the_nearest(run_config) -> None:
 
 
 def test_a_choice_that_is_not_lawful_is_refused(run_config) -> None:
-    with pytest.raises(ConfigError, match="--layout tp=8 is none of the 1 lawful layouts"):
+    with pytest.raises(ConfigError, match="--layout tp=8: no lawful layout has tp=8. Choose tp among 1."):
         chosen_layouts("tp=8", [Layout(1, 1, 1, 1)])
 
 

@@ -11,7 +11,7 @@ import pytest
 from megarq.config.load import load_config
 from megarq.errors import ConfigError
 from megarq.parallel.topology import ALONE
-from megarq.planning.estimate import GIB, Stage, estimate
+from megarq.planning.estimate import GIB, StageCosts, estimate
 from megarq.planning.flops import training_flops
 from megarq.planning.layout import Layout
 from megarq.planning.layouts import lawful_layouts
@@ -44,7 +44,7 @@ def estimated(run_config, machine):
     def one(layout, **changes):
         shards = [model_shard(run_config.model, layout, stage, ALONE) for stage in range(layout.pp)]
         states = [state_bytes(shard, optimizer_sharding(shard.parameters, layout), layout, 0) for shard in shards]
-        stages = [Stage.of(run_config, shard) for shard in shards]
+        stages = [StageCosts.of(run_config, shard) for shard in shards]
         return estimate(run_config, layout, replace(machine, **changes), stages, states)
 
     return one
