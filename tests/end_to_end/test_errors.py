@@ -103,7 +103,7 @@ def test_pipelines_with_zero_3_are_refused_with_what_to_use(walk, tmp_path):
 def test_heads_that_tensor_parallelism_does_not_divide_are_refused(walk, tmp_path):
     options = ("--ds_config", "zero1.json", *walk.train, "--output", tmp_path / "run", "parallel.tp=2")
     outcomes = call_ranks("megarq/train.py", *options, "model.body.heads=1", ranks=2)
-    assert "1 attention heads over parallel.tp=2: choose a tp that divides them" in error_of(outcomes[0])
+    assert "model.body.heads=1 is not divisible by parallel.tp=2. Choose a tp that divides it." in error_of(outcomes[0])
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused_by_rank_0_alone(walk, tmp_path):
