@@ -34,9 +34,11 @@ def test_an_empty_group_and_frozen_parameters_are_left_out():
 @pytest.mark.parametrize(("stage", "enabled"), [(1, True), (2, True), (3, False)])
 def test_a_model_is_built_whole_without_zero_3_or_where_told_so(stage, enabled):
     groups = ProcessGroups.build(Topology())
-    with construction({"zero_optimization": {"stage": stage}}, groups, CPU, enabled):
+    ds = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+    with construction(ds, groups, CPU, enabled):
         module = nn.Sequential(nn.Linear(3, 2))
     assert not any(is_sharded(parameter) for parameter in module.parameters())
+    assert all(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("wanted", [False, True])
