@@ -16,7 +16,7 @@ Kinds: "param" (fp32 master weights), "exp_avg" and "exp_avg_sq" (Adam's moments
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import prod
@@ -53,6 +53,15 @@ class Fragment:
     """Number of slices along `dim`: the tensor-parallel size, 1 where the tensor is not cut."""
     start: int = 0
     """First number, in the flattened slice."""
+
+    @classmethod
+    def of_slice(cls, shape: Sequence[int], dim: int | None, part: int, parts: int, start: int) -> "Fragment":
+        """From `start` on in slice `part` of `parts`, which has this shape; `dim` is None for a tensor not cut."""
+        if dim is None:
+            return cls(tuple(shape), start=start)
+        full = list(shape)
+        full[dim] *= parts
+        return cls(tuple(full), dim, part, parts, start)
 
 
 class SharedRuns(NamedTuple):

@@ -55,7 +55,6 @@ def _check_tensor(model: RQTransformerConfig, parallel: ParallelConfig) -> None:
             raise ConfigError(
                 f"{name}={size} is not divisible by parallel.tp={parallel.tp}. Choose a tp that divides it."
             )
-
     body = model.cond_length + model.positions - 1
     if parallel.sequence and body < parallel.tp:
         raise ConfigError(

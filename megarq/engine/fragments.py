@@ -75,11 +75,7 @@ class Fragments:
 
     def _place(self, parameter: nn.Parameter, shape: torch.Size, start: int) -> Fragment:
         dim = getattr(parameter, "partition_dim", None)
-        if dim is None:
-            return Fragment(tuple(shape), start=start)
-        full = list(shape)
-        full[dim] *= self._tp.size
-        return Fragment(tuple(full), dim, self._tp.rank, self._tp.size, start)
+        return Fragment.of_slice(shape, dim, self._tp.rank, self._tp.size, start)
 
     def _replicated(self) -> Iterator[LocalFragment]:
         """ZeRO-1 and 2: whole parameters everywhere, each rank's masters are one range of the flattened group."""

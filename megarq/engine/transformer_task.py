@@ -63,7 +63,9 @@ class TransformerTask:
         """Equal parts of a rank's share, in order; what the model reads goes to the device once for all of them."""
         names = [field.name for field in fields(batch) if isinstance(getattr(batch, field.name), Tensor)]
         shares = {name: getattr(batch, name) for name in names}
-        shares |= {name: shares[name].to(self._device) for name in ("codes", "cond", "latents") if name in shares}
+        shares |= {
+            name: shares[name].to(self._device) for name in ("codes", "cond", "weights", "latents") if name in shares
+        }
         parts = [shares[name].chunk(count) for name in names]
         return [replace(batch, **dict(zip(names, part, strict=True))) for part in zip(*parts, strict=True)]
 
@@ -120,7 +122,7 @@ class TransformerTask:
         The latter are targets (codes, or this rank's slice of soft ones [b, H, W, D, K/P]), cond, and the samples that
         count, bool [b].
         """
-        codes, cond, kept = batch.codes, batch.cond, batch.weights.to(self._device).bool()
+        codes, cond, kept = batch.codes, batch.cond, batch.weights.bool()
         if batch.latents is None:
             return (codes, cond), (codes, cond, kept)
         seed, places = self._config.train.seed, zip(batch.sample_ids.tolist(), batch.epochs.tolist(), strict=True)

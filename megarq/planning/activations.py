@@ -31,11 +31,6 @@ MASK = 1
 """Bytes of a number in a dropout mask on a GPU; a CPU saves it in the training precision."""
 
 
-def bytes_each(layout: Layout) -> int:
-    """Bytes of a number in the training precision."""
-    return 2 if layout.precision == "bf16" else FP32
-
-
 def activation_bytes(config: RQTransformerRunConfig, layout: Layout, stage: Sequence[str], mask: int = MASK) -> int:
     """What a rank keeps of one micro-batch from its forward to its backward pass.
 
@@ -45,7 +40,7 @@ def activation_bytes(config: RQTransformerRunConfig, layout: Layout, stage: Sequ
         stage: names of the rank's layers: `Shard.layers`.
         mask: bytes of a number in a dropout mask, see MASK.
     """
-    model, each, rows = config.model, bytes_each(layout), layout.micro_batch
+    model, each, rows = config.model, layout.bytes_each, layout.micro_batch
     tokens = transformer_tokens(model)
     kept = 0
     for name in stage:
@@ -82,7 +77,7 @@ def working_bytes(config: RQTransformerRunConfig, layout: Layout, stage: Sequenc
     too), and what it computes again. The loss: gradients of a part's logits, in fp32 and then cast; computed again are
     their softmax, and what the classifier's norm gives for them, with its gradient.
     """
-    model, each = config.model, bytes_each(layout)
+    model, each = config.model, layout.bytes_each
     tokens = transformer_tokens(model)
     most = 0
     for stack in {name.partition(".")[0] for name in stage} & {"body", "head"}:
@@ -121,11 +116,11 @@ def _state_bytes(config: RQTransformerRunConfig, layout: Layout, body: bool) -> 
     states = _slice(count, layout)
     if not body and config.model.condition == "text":
         states += layout.micro_batch * (config.model.cond_length - 1)
-    return states * config.model.embed_dim * bytes_each(layout)
+    return states * config.model.embed_dim * layout.bytes_each
 
 
 def _block_bytes(config: RQTransformerRunConfig, layout: Layout, name: str, mask: int) -> int:
-    model, each = config.model, bytes_each(layout)
+    model, each = config.model, layout.bytes_each
     stack: StackConfig = getattr(model, name)
     tokens = layout.micro_batch * transformer_tokens(model)[name]
     masks = 2 * model.embed_dim * (MASK if layout.sequence else mask) if model.dropout else 0
@@ -145,7 +140,7 @@ def _classified(config: RQTransformerRunConfig, layout: Layout) -> list[tuple[in
 
 def _loss_bytes(config: RQTransformerRunConfig, layout: Layout) -> int:
     """States before both classifiers, and targets; whole logits add a norm's statistics and output, and a softmax."""
-    model, each = config.model, bytes_each(layout)
+    model, each = config.model, layout.bytes_each
     kept = 0
     for index, (tokens, vocabulary) in enumerate(_classified(config, layout)):
         soft = index == 0 and config.objective.targets == "soft"

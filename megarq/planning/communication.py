@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megarq.config.run import RQTransformerRunConfig
-from megarq.planning.activations import bytes_each, received_bytes, sent_bytes
+from megarq.planning.activations import received_bytes, sent_bytes
 from megarq.planning.flops import transformer_tokens
 from megarq.planning.layout import Layout
 
@@ -66,10 +66,10 @@ def gradient_bytes(layout: Layout, parameters: int) -> int:
 
 def parameter_bytes(layout: Layout, parameters: int, in_blocks: int) -> int:
     """A step's all-gathers of parameters, of which `in_blocks` belong to blocks."""
-    whole = parameters * bytes_each(layout)
+    whole = parameters * layout.bytes_each
     if layout.zero < 3:
         return _ring(whole, layout.dp)
-    again = in_blocks * bytes_each(layout) if layout.activation_checkpointing else 0
+    again = in_blocks * layout.bytes_each if layout.activation_checkpointing else 0
     return layout.accumulation * _ring(2 * whole + again, layout.dp)
 
 
@@ -101,7 +101,7 @@ def tensor_traffic(config: RQTransformerRunConfig, layout: Layout, stage: Sequen
         else:  # slices of the head are joined; gradients of the classifiers' inputs
             exposed += sequence * tokens["head"]
             hidden += 2 * (tokens["head"] + max(0, words - layout.micro_batch))
-    half = model.embed_dim * bytes_each(layout)
+    half = model.embed_dim * layout.bytes_each
     return TensorTraffic(_ring(exposed * half, layout.tp), _ring(hidden * half, layout.tp))
 
 

@@ -76,7 +76,8 @@ class DryRun:
         fragments: dict[str, tuple[Fragment, int]] = {}
         for parameter, start, count in zip(kind.shard.parameters, starts, counts, strict=True):
             if count:
-                place = self._place(parameter, kind.shard.tensor_rank, start)
+                rank_of_slice = kind.shard.tensor_rank
+                place = Fragment.of_slice(parameter.shape, parameter.dim, rank_of_slice, self.layout.tp, start)
                 fragments |= {f"{name}/{parameter.name}": (place, count) for name in self._saved_kinds}
         return fragments
 
@@ -152,13 +153,6 @@ class DryRun:
     @property
     def _saved_kinds(self) -> tuple[str, ...]:
         return (*KINDS, "ema") if self.layout.ema else KINDS
-
-    def _place(self, parameter: ShardParameter, tensor_rank: int, start: int) -> Fragment:
-        if parameter.dim is None:
-            return Fragment(parameter.shape, start=start)
-        full = list(parameter.shape)
-        full[parameter.dim] *= self.layout.tp
-        return Fragment(tuple(full), parameter.dim, tensor_rank, self.layout.tp, start)
 
 
 def dry_run(config: RQTransformerConfig, layout: Layout) -> DryRun:

@@ -19,7 +19,6 @@ from megarq.config.run import RQTransformerRunConfig
 from megarq.planning.activations import (
     FP32,
     activation_bytes,
-    bytes_each,
     held_micro_batches,
     loss_in_parts,
     working_bytes,
@@ -188,9 +187,9 @@ def _buffer_bytes(layout: Layout, parameters: int, activations: int) -> int:
     bucket = zero["reduce_bucket_size"]
     copied = min(bucket, parameters)
     if layout.zero == 3:
-        gathered = min(parameters, zero["stage3_max_live_parameters"]) * bytes_each(layout)
+        gathered = min(parameters, zero["stage3_max_live_parameters"]) * layout.bytes_each
         return FP32 * (bucket + copied) + (gathered if layout.dp > 1 else 0)
-    each, buckets = bytes_each(layout), 2 if zero.get("overlap_comm") else 1
+    each, buckets = layout.bytes_each, 2 if zero.get("overlap_comm") else 1
     return buckets * bucket * each + copied * (each + (FP32 if each < FP32 else 0))
 
 
@@ -224,7 +223,7 @@ def _seconds(
         "communicating": passed - computed,
         "waiting for stages": (micro_batches - 1) * max(lasting) + sum(lasting) - passed,
         "reducing gradients": gradient_bytes(layout, most) / ring if layout.zero == 1 else 0.0,
-        "AdamW": most / layout.dp * (7 * FP32 + bytes_each(layout)) / machine.memory_bandwidth,
+        "AdamW": most / layout.dp * (7 * FP32 + layout.bytes_each) / machine.memory_bandwidth,
         "gathering parameters": parameter_bytes(layout, most, 0) / ring if layout.zero < 3 else 0.0,
     }
 
@@ -236,7 +235,7 @@ def _compute_seconds(
     again = stage.block_flops if layout.activation_checkpointing else 0
     again += stage.loss_flops if loss_in_parts(config, layout) else 0
     products = stage.flops * layout.micro_batch / layout.tp / (machine.peak * machine.efficiency)
-    forward = max(products, stage.parameters * bytes_each(layout) / machine.memory_bandwidth)
+    forward = max(products, stage.parameters * layout.bytes_each / machine.memory_bandwidth)
     return forward, forward * (2 + again / max(stage.flops, 1))
 
 

@@ -35,6 +35,11 @@ class Layout:
     """Keep a moving average of the weights."""
 
     @property
+    def bytes_each(self) -> int:
+        """Bytes of a number in the training precision."""
+        return 2 if self.precision == "bf16" else 4
+
+    @property
     def world(self) -> int:
         """Ranks in all."""
         return self.tp * self.pp * self.dp

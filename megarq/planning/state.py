@@ -81,14 +81,9 @@ def state_bytes(
     )
 
 
-def _each(layout: Layout) -> int:
-    """Bytes of a parameter's number."""
-    return BF16 if layout.precision == "bf16" else FP32
-
-
 def _parameters(sharding: Sharding, layout: Layout, persistence: int) -> tuple[int, int]:
     """Bytes in ZeRO-3's partitions, and of parameters held whole."""
-    each, flat = _each(layout), sum(sharding.flats)
+    each, flat = layout.bytes_each, sum(sharding.flats)
     if layout.zero < 3:
         return 0, each * flat * layout.dp
     small = int(sharding.sizes[sharding.sizes <= persistence].sum())
@@ -122,4 +117,4 @@ def _staging(sharding: Sharding, layout: Layout) -> tuple[int, int]:
     if not layout.offload_optimizer or layout.zero == 3:
         return 0, 0
     flat, largest = sum(sharding.flats), int(sharding.sizes.max())
-    return _each(layout) * (flat + 2 * largest), _each(layout) * (flat + largest)
+    return layout.bytes_each * (flat + 2 * largest), layout.bytes_each * (flat + largest)

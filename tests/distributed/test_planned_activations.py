@@ -17,7 +17,7 @@ from torch import Tensor
 from megarq.config.models import RQTransformerConfig, StackConfig
 from megarq.config.run import RQTransformerRunConfig
 from megarq.parallel.topology import ProcessGroups, TensorGroup, Topology
-from megarq.planning.activations import activation_bytes, bytes_each
+from megarq.planning.activations import activation_bytes
 from megarq.planning.communication import tensor_traffic
 from megarq.planning.layout import Layout
 from megarq.transformer.rq_transformer import RQTransformer
@@ -73,7 +73,7 @@ def planned_over_saved(config: RQTransformerConfig, layout: Layout) -> float:
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         forward()
-    planned = activation_bytes(run_of(config), layout, whole_model(config), mask=bytes_each(layout))
+    planned = activation_bytes(run_of(config), layout, whole_model(config), mask=layout.bytes_each)
     return planned / sum(storage.nbytes() for storage in saved.values())
 
 

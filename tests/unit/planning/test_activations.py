@@ -14,7 +14,6 @@ from torch.profiler import ProfilerActivity, profile
 from megarq.config.run import RQTransformerRunConfig
 from megarq.planning.activations import (
     activation_bytes,
-    bytes_each,
     held_micro_batches,
     loss_in_parts,
     received_bytes,
@@ -114,7 +113,7 @@ def test_dropout_masks_are_one_byte_on_a_gpu(run_config, precision) -> None:
     run_config.model.dropout = 0.1
     tokens = 4 * (9 + 16 - 1)
     assert activation_bytes(run_config, layout, block) - without == 2 * tokens * 128
-    assert activation_bytes(run_config, layout, block, bytes_each(layout)) > without
+    assert activation_bytes(run_config, layout, block, layout.bytes_each) > without
 
 
 def test_stages_keep_what_the_model_keeps_and_what_they_send(run_config) -> None:
