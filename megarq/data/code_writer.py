@@ -56,8 +56,8 @@ def write_shard(
 ) -> ShardRecord:
     """Write `{index:06d}.tar`, which appears under that name only when whole.
 
-    Returns its record, with `skipped` 0 and no perplexity: the caller knows them. Raises: DataError where the folder
-    cannot be written.
+    Returns its record, with `skipped` 0, no perplexity and no faults: the caller knows them. Raises: DataError where
+    the folder cannot be written.
     """
     path = folder / f"{index:06d}.tar"
     samples = captioned = labelled = classes = 0
@@ -73,7 +73,9 @@ def write_shard(
                 labelled += len(labels)
                 classes = max([classes, *(label + 1 for label in labels)])
         size, sha256 = file.tell(), file.hexdigest()
-    return ShardRecord(path.name, source, sha256, size, samples, captioned, labelled, classes, 0, (), tuple(records))
+    return ShardRecord(
+        path.name, source, sha256, size, samples, captioned, labelled, classes, 0, (), {}, tuple(records)
+    )
 
 
 def _write_block(tar: tarfile.TarFile, key: str, settings: CodeSettings, block: CodeBlock) -> BlockRecord:

@@ -1,10 +1,11 @@
 """The description of a folder of code shards: `manifest.json`, and one record beside each shard until it is complete.
 
-    {"format": "megarq-codes", "version": 1,
+    {"format": "megarq-codes", "version": 2,
      "samples": 1797, "captioned": 1797, "labelled": 0, "classes": 0, "skipped": 0,
      "code_shape": [8, 8, 4], "codebook_sizes": [256, 256, 256, 256], "draws": 8, "temperature": 0.5,
      "latent_shape": [8, 8, 64] or null, "fingerprint": "9f3c...", "transform": "center", "resolution": 32, "seed": 0,
-     "batch_size": 64, "block_size": 1024, "perplexity": [31.2, 40.1, 55.0, 61.8],
+     "batch_size": 64, "block_size": 1024, "precision": "fp32", "compiled": false, "caption_field": null,
+     "faults": {"unreadable image": 3}, "perplexity": [31.2, 40.1, 55.0, 61.8],
      "shards": [{"file": "000000.tar", "sha256": "...", "bytes": 7096320, "samples": 1797, ...,
                  "blocks": [{"key": "000000", "samples": 1024, "members": {"codes.npy": [512, 524416], ...}}, ...]}]}
 
@@ -14,6 +15,7 @@ of its data, so row i of n begins at offset + size - (n - i) * bytes per row. La
 
 import json
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from megarq.data.files import data_file
 from megarq.errors import DataError
 
 FORMAT = "megarq-codes"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 
 
@@ -52,6 +54,12 @@ class CodeSettings:
     """Pictures in one pass of the encoder."""
     block_size: int
     """Largest number of samples in a block."""
+    precision: str = "fp32"
+    """Arithmetic of the encoder: fp32, bf16 or fp16. Distances are fp32 in each."""
+    compiled: bool = False
+    """Whether the encoder was compiled, which rounds a little differently."""
+    caption_field: str | None = None
+    """Field of a picture's .json that its captions were taken from, where one was chosen."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,8 @@ class ShardRecord:
     """Pictures of the image shard that could not be used."""
     perplexity: tuple[float, ...]
     """exp(entropy of Q) at each depth, averaged over the first block; empty where there are no samples."""
+    faults: dict[str, int]
+    """What was wrong with the image shard's samples, used or not: how many of each kind."""
     blocks: tuple[BlockRecord, ...]
     """Its blocks, in order."""
 
@@ -113,6 +123,11 @@ class Manifest:
         """exp(entropy of Q) at each depth, averaged over the first block of the first shard that has one."""
         return next((shard.perplexity for shard in self.shards if shard.samples), ())
 
+    @property
+    def faults(self) -> dict[str, int]:
+        """What was wrong with the samples of all image shards: how many of each kind."""
+        return dict(sum((Counter(shard.faults) for shard in self.shards), Counter[str]()))
+
     def save(self, folder: Path) -> None:
         """Write manifest.json, atomically."""
         totals = {
@@ -124,7 +139,7 @@ class Manifest:
             | totals
             | {"classes": max((shard.classes for shard in self.shards), default=0)}
             | asdict(self.settings)
-            | {"perplexity": self.perplexity, "shards": [asdict(shard) for shard in self.shards]}
+            | {"faults": self.faults, "perplexity": self.perplexity, "shards": [asdict(shard) for shard in self.shards]}
         )
         _write_json(folder / MANIFEST, content)
 

@@ -199,8 +199,8 @@ def test_a_manifest_that_is_no_object_is_refused(tmp_path: Path, content: str) -
 
 def test_another_format_version_is_refused(make_codes: MakeCodes) -> None:
     codes = make_codes([[3]])
-    edit(codes, version=2)
-    with pytest.raises(DataError, match="version 2, but this version of MegaRQ reads 'megarq-codes' version 1"):
+    edit(codes, version=1)
+    with pytest.raises(DataError, match="version 1, but this version of MegaRQ reads 'megarq-codes' version 2"):
         CodeShards.open(codes.folder)
 
 
