@@ -18,7 +18,6 @@ from megarq.data.loader import CodeBatch
 from megarq.engine.passes import Passes, PipelinePasses, PlainPasses
 from megarq.engine.snapshot import whole_transformer
 from megarq.inference.sampling import sample_codes
-from megarq.parallel.collectives import split_to
 from megarq.parallel.initialization import named_generator
 from megarq.parallel.topology import ProcessGroups
 from megarq.rqvae.model import RQVAE
@@ -127,12 +126,12 @@ class TransformerTask:
             return (codes, cond), (codes, cond, kept)
         seed, places = self._config.train.seed, zip(batch.sample_ids.tolist(), batch.epochs.tolist(), strict=True)
         generators = [named_generator(seed, "draw", sample, epoch) for sample, epoch in places]
-        latents, temperature = batch.latents.float(), self._config.objective.temperature
+        drawing = batch.latents, self._config.objective.temperature, generators, self._groups.tensor
         if self._groups.topology.pp > 1 and self._groups.topology.pipeline_rank == 0:
-            codes = self._rqvae.draw_hard_codes(latents, temperature, generators)  # the targets are the last stage's
+            codes = self._rqvae.draw_hard_codes(*drawing)  # the targets are the last stage's
             return (codes, cond), (codes, cond, kept)
-        codes, soft = self._rqvae.draw_codes(latents, temperature, generators)
-        return (codes, cond), (split_to(soft, self._groups.tensor), cond, kept)
+        codes, soft = self._rqvae.draw_codes(*drawing)
+        return (codes, cond), (soft, cond, kept)
 
     def _shown_conditions(self) -> tuple[Tensor, str]:
         """[n, L] conditions, the same on all ranks, and what they say."""

@@ -111,15 +111,16 @@ class Codebook(nn.Module):
         """The codes' vectors [K, C], without the padding row."""
         return self.weight[:-1].float()
 
-    def distances(self, vectors: Tensor) -> Tensor:
+    def distances(self, vectors: Tensor, some: slice = slice(None)) -> Tensor:
         """|v - e(k)|^2 for all k, [..., C] -> [..., K], as |v|^2 + |e(k)|^2 - 2 v.e(k) rounded in this order.
 
+        `some` asks for a slice of the codes alone, which may reach beyond the last of them.
         The released models' codes were searched with the same sum, so that nearly equal codes fall the same way.
         Call under `full_precision`, with fp32 vectors.
         """
-        codes, flat = self.vectors, vectors.reshape(-1, self.dim)
+        codes, flat = self.vectors[some], vectors.reshape(-1, self.dim)
         norms = flat.square().sum(1, keepdim=True) + codes.square().sum(1)
-        return torch.addmm(norms, flat, codes.t(), alpha=-2.0).reshape(*vectors.shape[:-1], self.size)
+        return torch.addmm(norms, flat, codes.t(), alpha=-2.0).reshape(*vectors.shape[:-1], len(codes))
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """Codes [...] of the nearest codebook vectors to [..., C]; the first of equals."""

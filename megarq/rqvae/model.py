@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megarq.config.models import RQVAEConfig
 from megarq.errors import ConfigError, DataError
+from megarq.parallel.topology import ALONE, TensorGroup
 from megarq.rqvae.autoencoder import Decoder, Encoder
 from megarq.rqvae.quantizer import Generators, ResidualQuantizer
 
@@ -80,16 +81,21 @@ class RQVAE(nn.Module):
         """
         return self.quantizer.soft_codes(latents, temperature)
 
-    def draw_codes(self, latents: Tensor, temperature: float, generator: Generators) -> tuple[Tensor, Tensor]:
-        """Stochastic codes [B, H, W, D], each depth's drawn from Q after the draws before it, and that Q [..., D, K].
+    def draw_codes(
+        self, latents: Tensor, temperature: float, generator: Generators, tp: TensorGroup = ALONE
+    ) -> tuple[Tensor, Tensor]:
+        """Stochastic codes [B, H, W, D], each depth's drawn from Q after the draws before it, and that Q [..., D, K/P].
 
-        `generator` may be on the CPU; a list of B of them makes each sample's draws independent of its batch.
+        `generator` may be on the CPU; a list of B of them makes each sample's draws independent of its batch. The codes
+        are whole on every rank of `tp`, which must call this together; of Q each has its slice.
         """
-        return self.quantizer.draw_codes(latents, temperature, generator)
+        return self.quantizer.draw_codes(latents, temperature, generator, tp)
 
-    def draw_hard_codes(self, latents: Tensor, temperature: float, generator: Generators) -> Tensor:
-        """The codes of `draw_codes` alone, in the memory of one depth's Q."""
-        return self.quantizer.draw_hard_codes(latents, temperature, generator)
+    def draw_hard_codes(
+        self, latents: Tensor, temperature: float, generator: Generators, tp: TensorGroup = ALONE
+    ) -> Tensor:
+        """The codes of `draw_codes` alone, without the memory of Q."""
+        return self.quantizer.draw_hard_codes(latents, temperature, generator, tp)
 
     def embed(self, codes: Tensor) -> Tensor:
         """Codebook vectors of codes, not summed: [B, H, W, D] -> fp32 [B, H, W, D, C]."""

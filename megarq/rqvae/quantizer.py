@@ -4,7 +4,12 @@
 
 All of it is fp32, whatever the precision of the latents and of the rest of the model.
 
-Shapes: B batch, H and W of the code stack, D depth, K codebook size (of the largest codebook), C codebook dim.
+Stochastic codes are drawn from Q(k | r_{d-1}) = softmax_k(-|r_{d-1} - e(k)|^2 / temperature) in place of the argmin.
+A tensor group shares that work. Rank p looks at codes p K/P to (p+1) K/P alone and tells the others three numbers of
+each depth of a latent: the distance to its nearest code, the mass of its slice, how many of its codes the draw passes.
+
+Shapes: B batch, H and W of the code stack, D depth, K codebook size (of the largest codebook), C codebook dim,
+P tensor-parallel size, N = B H W latents, n of them in a chunk.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,11 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megarq.errors import ConfigError
+from megarq.parallel.collectives import gather_from, reduce_from
 from megarq.parallel.initialization import named_generator
+from megarq.parallel.topology import ALONE, TensorGroup
 from megarq.rqvae.codebook import Codebook, full_precision, global_span
 
 Generators = torch.Generator | Sequence[torch.Generator]
 """One generator for a batch, or one for each of its samples, whose draws then depend on no other sample."""
+
+
+CHUNK = 2**24
+"""Distances of one depth that are looked at together, at most: in the fp64 of a draw's sums they are 128 MiB."""
 
 
 class Quantized(NamedTuple):
@@ -80,35 +91,41 @@ class ResidualQuantizer(nn.Module):
 
     def quantize(self, latents: Tensor) -> Tensor:
         """The argmin stacks, [B, H, W, C] -> int64 [B, H, W, D]."""
-        return self._stack(latents, lambda depth, residual: self.codebook(depth).nearest(residual))
+        return self._stack(latents, lambda rows, depth, residual: self.codebook(depth).nearest(residual))
 
     def soft_codes(self, latents: Tensor, temperature: float) -> Tensor:
         """Q(k | r_{d-1}) after the argmin codes of the depths before, [B, H, W, C] -> fp32 [B, H, W, D, K].
 
         A depth with a smaller codebook has probability 0 beyond it. Source: arXiv 2203.01941, section 3.2.3.
         """
-        soft: list[Tensor] = []
+        _check_temperature(temperature)
+        soft = self._empty_soft(latents, ALONE)
 
-        def choose(depth: int, residual: Tensor) -> Tensor:
-            distances = self.codebook(depth).distances(residual)
-            soft.append(self._soft(depth, distances, temperature))
+        def choose(rows: slice, depth: int, residual: Tensor) -> Tensor:
+            distances = self._distances(depth, residual, ALONE)
+            soft[rows, depth] = torch.softmax(distances / -temperature, dim=-1)
             return distances.argmin(-1)  # not the largest of `soft`: rounding makes equals of near codes there
 
         self._stack(latents, choose)
-        return torch.stack(soft, dim=-2)
+        return soft.unflatten(0, latents.shape[:-1])
 
-    def draw_codes(self, latents: Tensor, temperature: float, generator: Generators) -> tuple[Tensor, Tensor]:
-        """Stochastic codes, int64 [B, H, W, D], and the Q each was drawn from, fp32 [B, H, W, D, K].
+    def draw_codes(
+        self, latents: Tensor, temperature: float, generator: Generators, tp: TensorGroup = ALONE
+    ) -> tuple[Tensor, Tensor]:
+        """Stochastic codes, int64 [B, H, W, D], and this rank's slice of the Q each was drawn from, [B, H, W, D, K/P].
 
-        A depth's residual is what the codes *drawn* before it leave. The same generators give the same codes.
+        A depth's residual is what the codes *drawn* before it leave. The same generators give the same codes, on every
+        rank and (but where fp64 sums that differ in their last bit enclose the uniform number) for every P. Collective:
+        all ranks of `tp` must call it, with the same latents and generators.
         """
-        soft: list[Tensor] = []
-        codes = self._draw(latents, temperature, generator, soft.append)
-        return codes, torch.stack(soft, dim=-2)
+        soft = self._empty_soft(latents, tp)
+        return self._draw(latents, temperature, generator, tp, soft), soft.unflatten(0, latents.shape[:-1])
 
-    def draw_hard_codes(self, latents: Tensor, temperature: float, generator: Generators) -> Tensor:
-        """The codes of `draw_codes` alone, without ever holding the Q of more than one depth."""
-        return self._draw(latents, temperature, generator, lambda soft: None)
+    def draw_hard_codes(
+        self, latents: Tensor, temperature: float, generator: Generators, tp: TensorGroup = ALONE
+    ) -> Tensor:
+        """The codes of `draw_codes` alone, without ever holding the Q of more than a chunk of one depth."""
+        return self._draw(latents, temperature, generator, tp, None)
 
     def embed(self, codes: Tensor) -> Tensor:
         """Codebook vectors of code stacks, [..., D] -> fp32 [..., D, C]."""
@@ -145,34 +162,67 @@ class ResidualQuantizer(nn.Module):
             return Quantized(quantized, torch.stack(losses).mean(), torch.stack(codes, dim=-1))
 
     @torch.no_grad()
-    def _stack(self, latents: Tensor, choose: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Codes [B, H, W, D] that `choose` picks for each depth, given the residuals [B, H, W, C] before it."""
-        with full_precision(latents.device.type):
-            residual = latents.float()
-            codes = []
-            for depth in range(self.depth):
-                codes.append(choose(depth, residual))
-                residual = residual - self.codebook(depth).embed(codes[-1])
-            return torch.stack(codes, dim=-1)
+    def _stack(self, latents: Tensor, choose: Callable[[slice, int, Tensor], Tensor]) -> Tensor:
+        """Codes [B, H, W, D] that `choose` picks at each depth for a chunk of the latents, given its residuals [n, C].
 
-    def _soft(self, depth: int, distances: Tensor, temperature: float) -> Tensor:
-        """Q of one depth [..., K] = softmax(-distances / temperature), zero beyond its own codebook."""
-        if temperature <= 0:
-            raise ConfigError(f"temperature={temperature} for soft codes: use a temperature above 0, such as 0.5.")
-        soft = torch.softmax(distances / -temperature, dim=-1)
-        return F.pad(soft, (0, max(self.sizes) - self.sizes[depth]))
+        The chunks do not depend on P: whatever it is, the matrix products have the same rows.
+        """
+        with full_precision(latents.device.type):
+            flat = latents.float().flatten(0, -2)
+            codes = torch.empty(len(flat), self.depth, dtype=torch.int64, device=flat.device)
+            step = max(1, CHUNK // max(self.sizes))
+            for first in range(0, len(flat), step):
+                rows = slice(first, first + step)
+                residual = flat[rows]
+                for depth in range(self.depth):
+                    codes[rows, depth] = choose(rows, depth, residual)
+                    residual = residual - self.codebook(depth).embed(codes[rows, depth])
+            return codes.unflatten(0, latents.shape[:-1])
+
+    def _distances(self, depth: int, residual: Tensor, tp: TensorGroup) -> Tensor:
+        """Distances [n, K/P] to this rank's slice of the codes; those that the depth lacks are infinitely far."""
+        width = self._width(tp)
+        distances = self.codebook(depth).distances(residual, slice(tp.rank * width, (tp.rank + 1) * width))
+        return F.pad(distances, (0, width - distances.shape[-1]), value=torch.inf)
+
+    def _width(self, tp: TensorGroup) -> int:
+        assert max(self.sizes) % tp.size == 0, "the vocabulary layers refuse such a layout"
+        return max(self.sizes) // tp.size
+
+    def _empty_soft(self, latents: Tensor, tp: TensorGroup) -> Tensor:
+        """Room for Q, fp32 [N, D, K/P]."""
+        shape = latents[..., 0].numel(), self.depth, self._width(tp)
+        return torch.empty(shape, dtype=torch.float32, device=latents.device)
 
     def _draw(
-        self, latents: Tensor, temperature: float, generator: Generators, keep: Callable[[Tensor], object]
+        self, latents: Tensor, temperature: float, generator: Generators, tp: TensorGroup, soft: Tensor | None
     ) -> Tensor:
-        uniform = _uniform((*latents.shape[:-1], self.depth), generator).to(latents.device)
+        """Codes by inverse CDF of uniform numbers u: how many codes have a cumulated mass of at most u of the whole.
 
-        def choose(depth: int, residual: Tensor) -> Tensor:
-            soft = self._soft(depth, self.codebook(depth).distances(residual), temperature)
-            keep(soft)
-            return _inverse_cdf(soft, uniform[..., depth]).clamp_(max=self.sizes[depth] - 1)
+        A rank counts them in its slice, and the code is the sum of the counts. A mass is Q before it is divided by the
+        sum of all; sums are fp64, since among many codes each is a small step. `soft` takes this rank's Q.
+        """
+        _check_temperature(temperature)
+        uniform = _uniform((*latents.shape[:-1], self.depth), generator).to(latents.device).flatten(0, -2)
+
+        def choose(rows: slice, depth: int, residual: Tensor) -> Tensor:
+            distances = self._distances(depth, residual, tp)
+            nearest = gather_from(distances.amin(-1, keepdim=True), tp).amin(-1, keepdim=True)
+            masses = distances.sub_(nearest).div_(-temperature).exp_()
+            cumulated = masses.cumsum(-1, dtype=torch.float64)
+            ends = gather_from(cumulated[:, -1:], tp).cumsum(-1)  # [n, P]: the mass of all slices up to each
+            if soft is not None:
+                soft[rows, depth] = masses.div_(ends[:, -1:].float())
+            cumulated += F.pad(ends, (1, 0))[:, tp.rank, None]
+            passed = torch.searchsorted(cumulated, uniform[rows, depth, None] * ends[:, -1:], right=True)
+            return reduce_from(passed, tp).squeeze(-1).clamp_(max=self.sizes[depth] - 1)
 
         return self._stack(latents, choose)
+
+
+def _check_temperature(temperature: float) -> None:
+    if temperature <= 0:
+        raise ConfigError(f"temperature={temperature} for soft codes: use a temperature above 0, such as 0.5.")
 
 
 def _uniform(shape: tuple[int, ...], generator: Generators) -> Tensor:
@@ -181,12 +231,3 @@ def _uniform(shape: tuple[int, ...], generator: Generators) -> Tensor:
         return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
     assert len(generator) == shape[0], "one generator for each sample"
     return torch.stack([_uniform(shape[1:], one) for one in generator])
-
-
-def _inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """The codes [...] where the cumulated probabilities [..., K] first exceed `uniform` [...] of their total.
-
-    One random number for each draw, where Gumbel noise would take K. In fp64: with many codes, each is a small step.
-    """
-    cumulated = probabilities.double().cumsum(-1)
-    return torch.searchsorted(cumulated, uniform.unsqueeze(-1) * cumulated[..., -1:], right=True).squeeze(-1)

@@ -6,11 +6,12 @@ from random import Random
 from sentencepiece import SentencePieceProcessor
 
 from megarq.errors import ConfigError, DataError
-from megarq.text.bpe import merge_symbols
+from megarq.text.bpe import Drops, WordMerger, merge_symbols
 
 PAD_PIECES = ("[PAD]", "<pad>")
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 SPACE = "\u2581"
+WORD = re.compile(f"{SPACE}[^{SPACE}]*|[^{SPACE}]+")
 USER_DEFINED = 4  # SentencePiece.Type
 
 
@@ -60,7 +61,7 @@ class SentencePieceTokenizer:
             )
         if self._table is None:
             self._table = _PieceTable(self._processor)
-        return self._table.segment(self._processor.normalize(caption), rate, random)[:length]
+        return self._table.segment(self._processor.normalize(caption), Drops(rate, random))[:length]
 
     def decode(self, ids: list[int]) -> str:
         """The text of some ids."""
@@ -89,21 +90,27 @@ class _PieceTable:
         alternatives = [re.escape(piece) for piece in sorted(self._whole, key=len, reverse=True)]
         self._letters = re.compile("|".join([*alternatives, "."]), re.DOTALL)
         self._crosses_words = any(SPACE in piece[1:] for piece in self._ids.keys() - self._whole)
+        self._plain = not (self._whole or self._unused or self._crosses_words)
+        self._merger = WordMerger(self._merge)
 
-    def segment(self, text: str, rate: float, random: Random) -> list[int]:
-        """Ids of normalised text, each merge left out of each step with probability `rate`."""
+    def segment(self, text: str, drops: Drops) -> list[int]:
+        """Ids of normalised text."""
         halves: dict[str, tuple[str, str]] = {}  # what an unused piece was merged from
 
-        def merge(left: str, right: str) -> tuple[float, str] | None:
-            found = self._merges.get(left + right)
-            if found is None or left in self._whole or right in self._whole:
-                return None
-            if found[1] in self._unused:
+        def merge_and_note(left: str, right: str) -> tuple[float, str] | None:
+            found = self._merge(left, right)
+            if found is not None and found[1] in self._unused:
                 halves[found[1]] = (left, right)
             return found
 
-        words = self._words(self._letters.findall(text))
-        waiting = [piece for word in words for piece in merge_symbols(word, merge, rate, random)][::-1]
+        waiting: list[str] = []
+        if self._plain:
+            for word in WORD.findall(text):
+                waiting += self._merger(tuple(word), drops)
+        else:
+            for letters in self._words(self._letters.findall(text)):
+                waiting += merge_symbols(letters, merge_and_note, drops)
+        waiting.reverse()
         ids: list[int] = []
         in_unknown = False
         while waiting:
@@ -120,6 +127,10 @@ class _PieceTable:
                 ids.append(self._unknown)
             in_unknown = index is None
         return ids
+
+    def _merge(self, left: str, right: str) -> tuple[float, str] | None:
+        found = self._merges.get(left + right)
+        return None if found is None or left in self._whole or right in self._whole else found
 
     def _words(self, letters: list[str]) -> list[list[str]]:
         """Letters cut before each space mark, since dropout is meant for a word; uncut where pieces cross spaces."""

@@ -3,6 +3,7 @@ import json
 import pickle
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
@@ -129,6 +130,54 @@ def test_padding_set_in_the_file_does_not_matter(contents: Contents) -> None:
     assert tokenizer.encode("a seven, a three", 16) == TextTokenizer(*contents["char"], "c").encode(
         "a seven, a three", 16
     )
+
+
+ODD = [
+    "a\tseven\n on\u00a0black",
+    "  seven \u0308nai\u0308ve  ",
+    "[PAD]seven [UNK] a[PAD]",
+    "\u3000漢字 on",
+    "a \u2581seven \ufdfa",
+]
+
+
+def test_spaces_tabs_marks_and_special_tokens_are_encoded_as_the_library_does(contents: Contents) -> None:
+    content, suffix = contents["char"]
+    tokenizer = TextTokenizer(content, suffix, "char")
+    assert [tokenizer._backend.encode(text, LONG) for text in ODD] == [
+        library_ids(content, suffix, text) for text in ODD
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Replace", "pattern": {"String": "a s"}, "content": "photos"}},
+        {
+            "normalizer": {
+                "type": "Sequence",
+                "normalizers": [{"type": "Strip", "strip_left": True, "strip_right": True}],
+            }
+        },
+        {"pre_tokenizer": None},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}},
+        {"pre_tokenizer": {"type": "Metaspace", "replacement": "n", "prepend_scheme": "first", "split": False}},
+        {"added_tokens": [{"content": "a s", "lstrip": False}]},
+        {"added_tokens": [{"content": "v", "lstrip": True}]},
+    ],
+    ids=lambda change: f"{next(iter(change))} {str(next(iter(change.values())))[:40]}",
+)
+def test_a_tokenizer_to_which_spaces_matter_reads_whole_captions(contents: Contents, change: dict[str, Any]) -> None:
+    specification = json.loads(contents["char"][0])
+    flags = {"single_word": False, "rstrip": False, "normalized": False, "special": False}
+    for name, value in change.items():
+        if name == "added_tokens":
+            value = [*specification[name], *(flags | token | {"id": 299} for token in value)]
+        specification[name] = value
+    content = json.dumps(specification).encode()
+    tokenizer, caption = TextTokenizer(content, ".json", "file"), "a seven on a  v "
+    assert tokenizer._backend.encode(caption, LONG) == library_ids(content, ".json", caption)
+    assert tokenizer._backend.sample(caption, LONG, 0.0, Random(0)) == library_ids(content, ".json", caption)
 
 
 def trained_sentencepiece(**options: object) -> bytes:
