@@ -16,6 +16,8 @@ setup(
         "torchvision>=0.26",
         "deepspeed>=0.19",
         "braceexpand",
+        "fsspec",
+        "filelock>=4",
         "numpy",
         "omegaconf>=2.3",
         "pillow",
@@ -41,5 +43,8 @@ setup(
             "types-tqdm",
         ],
         "mpi": ["mpi4py", "mpich"],
+        "remote": ["aiohttp"],
+        "s3": ["s3fs"],
+        "gs": ["gcsfs"],
     },
 )

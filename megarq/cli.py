@@ -40,7 +40,7 @@ def run(main: Callable[[], None]) -> int:
 
 def _rank() -> int:
     try:
-        return read_environment(os.environ).rank
+        return read_environment(os.environ, meet=False).rank
     except ConfigError:
         return 0
 
@@ -67,6 +67,8 @@ def require(args: argparse.Namespace, **examples: str) -> None:
         if args.validation_data:
             examples["validation-data"] = _as_typed(args.validation_data)
         options = [f"--{name} {_given(args, name) or example}" for name, example in examples.items()]
+        if getattr(args, "exclude_keys", None):
+            examples["exclude-keys"] = _as_typed(args.exclude_keys)
         overrides = _as_typed(args.overrides) or "[key=value ...]"
         command = " ".join([f"deepspeed megarq/{script} --ds_config {args.ds_config}", *options, overrides])
         raise ConfigError(f"{', '.join(missing)} missing. The complete command:\n    {command}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from megarq import cli
 from megarq.config.load import load_config
 from megarq.config.run import RQTransformerRunConfig
+from megarq.data.mixture import parse_sources
 from megarq.engine.start import joined_session
 from megarq.engine.transformer_run import train_transformer
 from megarq.planning.flops import layer_flops, training_flops
@@ -26,10 +27,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.require(args, model="t2i-3.9b", data="CODES", output="RUN")
     config = load_config(args.model, args.overrides, "rq-transformer")
     assert isinstance(config, RQTransformerRunConfig)
+    sources = parse_sources(args.data, args.exclude_keys)
     with joined_session(config, args.ds_config, args.output) as session:
         train_transformer(
             session,
-            Path(args.data),
+            sources,
             Path(args.tokenizer) if args.tokenizer else None,
             Path(args.validation_data) if args.validation_data else None,
             layer_flops(config.model),
@@ -41,7 +43,19 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.training_parser(__doc__, "zero3.json")
     parser.add_argument("--model", help="name in configs/model (t2i-3.9b, cc3m-654m, demo, ...) or a YAML file")
-    parser.add_argument("--data", help="folder of code shards (the --output of tools/pretokenize.py)")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FOLDER[:WEIGHT]",
+        help="folders of code shards (the --output of tools/pretokenize.py), and passes over each in an epoch (1)",
+    )
+    parser.add_argument(
+        "--exclude-keys",
+        nargs="+",
+        default=[],
+        metavar="[FOLDER=]FILE",
+        help="lists of samples to leave out: a key, or 000017.tar/KEY, on each line; of all folders or of one",
+    )
     parser.add_argument("--tokenizer", help="tokenizer.json or .model; needed by models with captions")
     parser.add_argument("--validation-data", help="held-out folder of code shards, or set data.validation_shards=N")
     return parser

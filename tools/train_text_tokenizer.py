@@ -8,8 +8,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megarq import cli
+from megarq.data.faults import Faults
 from megarq.data.files import expand_shards
-from megarq.data.image_shards import BadSamples, read_samples
+from megarq.data.image_shards import read_samples
 from megarq.errors import DataError
 from megarq.text.training import Coverage, train_tokenizer
 
@@ -42,11 +43,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def shard_captions(patterns: Sequence[str], max_bad_rate: float) -> Iterator[str]:
     """Every caption of every sample, in the order of the shards."""
-    bad = BadSamples(max_bad_rate)
+    faults = Faults(max_bad_rate)
     for shard in tqdm(expand_shards(patterns), desc="reading captions", unit="shard"):
-        for sample in read_samples(shard, bad):
+        for sample in read_samples(shard, faults):
             yield from sample.captions
-    bad.finish()
+    faults.finish()
 
 
 def text_captions(path: Path) -> Iterator[str]:

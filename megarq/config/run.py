@@ -127,14 +127,16 @@ class DataConfig:
 
     workers: int = 2
     """Loader processes per rank; 0 loads in the training process."""
+    prefetch: int = 2
+    """Batches that the loader processes make ahead."""
     validation_shards: int = 0
-    """Hold out this many of the last shards of the --data folder for validation."""
+    """Hold out this many of the last shards of each --data folder for validation."""
     bpe_dropout: float = 0.0
     """Rate of BPE dropout on training captions."""
 
     def validate(self) -> None:
         """Raise ConfigError where a value cannot be run."""
-        check_ranges("data", self, workers=AMOUNT, validation_shards=AMOUNT, bpe_dropout=SHARE)
+        check_ranges("data", self, workers=AMOUNT, prefetch=COUNT, validation_shards=AMOUNT, bpe_dropout=SHARE)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Batches by number, made in this process or by workers, and always handed over in order."""
+"""Batches, or parts of them, by number, made in this process or by workers, and always handed over in order."""
 
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -13,7 +13,7 @@ Batch = TypeVar("Batch")
 
 
 class _Numbered(Dataset[Batch | MegarqError]):
-    """Whole batches, made by a function of their number; an error travels as a value, to be raised unchanged."""
+    """Items made by a function of their number; an error travels as a value, to be raised unchanged."""
 
     def __init__(self, make: Callable[[int], Batch]) -> None:
         self._make = make
@@ -39,8 +39,10 @@ def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
-def batches_in_order(make: Callable[[int], Batch], workers: int, stop: int | None = None) -> Iterator[Batch]:
-    """make(0), make(1), ... up to `stop` (endless by default), each batch made whole by one of the worker processes.
+def batches_in_order(
+    make: Callable[[int], Batch], workers: int, stop: int | None = None, prefetch: int = 2
+) -> Iterator[Batch]:
+    """make(0), make(1), ... up to `stop` (endless by default), number i made by worker i % workers, `prefetch` ahead.
 
     With workers=0 the batches are made in this process. The global random state is left alone. A
     MegarqError in a worker is raised here as it is.
@@ -50,6 +52,7 @@ def batches_in_order(make: Callable[[int], Batch], workers: int, stop: int | Non
         batch_size=None,
         sampler=_Numbers(stop),
         num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
         collate_fn=_unchanged,
         generator=torch.Generator(),
     )

@@ -1,15 +1,19 @@
 """Reading code shards: any rows of any block, without unpacking anything. The format is told in manifest.py.
 
-    codes = CodeShards.open("runs/demo/codes")                # checks that every shard is there and whole
+    codes = CodeShards.open("runs/demo/codes")                # reads manifest.json alone
     codes.read_codes(block, row, draw)                        # arrays [n] -> uint16 [n, H, W, D]; draw 0: argmin
+    codes.read_run(block, first, draw, out)                   # rows first .. first + len(out) - 1 in one read
     train, validation = codes.split(validation_shards=1)      # views; blocks are counted within each
+    fewer = codes.without([3, 17])                            # a view: the samples with these numbers are left out
 
-A file offset is known for every row, so a row costs one positioned read of its own bytes. Captions lie one sample to a
-line (code_writer.py); the line offsets of recently used blocks are kept, not the text.
+A file offset is known for every row, so a row, or a run of them, costs one positioned read of its own bytes. Captions
+lie one sample to a line (code_writer.py); the line offsets of recently used blocks are kept, not the text. That a file
+is whole is checked when it is opened.
 """
 
 import json
 import os
+import resource
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,52 +28,69 @@ from megarq.errors import DataError
 
 MAX_OPEN_FILES = 512
 MAX_LINE_TABLES = 2048
+SECTIONS = ("keys", "captions", "labels")
+"""Of a block's samples.json, in order: n + 1 lines each, the first of them its head."""
 
 
 class CodeShards:
     """The samples of a folder of code shards, or of some of its shards (a view)."""
 
-    def __init__(self, folder: Path, manifest: Manifest, shards: Sequence[int]) -> None:
-        """The view of the shards with these numbers; users call `open`, then `subset` or `split`."""
+    def __init__(
+        self, folder: Path, manifest: Manifest, shards: Sequence[int], left_out: npt.ArrayLike | None = None
+    ) -> None:
+        """The view of the shards with these numbers; users call `open`, then `without`, `subset` or `split`.
+
+        left_out: numbers of the samples in the folder that the view does without, ascending.
+        """
         self.folder = folder
         self.manifest = manifest
         self.settings = manifest.settings
         self._shards = np.array(shards, np.int64)
-        self._files = _OpenFiles([folder / manifest.shards[number].file for number in shards])
-        self._line_tables: OrderedDict[int, IntArray] = OrderedDict()
-        records = self._records()
+        self._left_out = np.array([] if left_out is None else left_out, np.int64)
+        records = self._records = [manifest.shards[number] for number in shards]
+        self._files = _OpenFiles(folder, records)
+        self._line_tables: OrderedDict[int, npt.NDArray[np.int32]] = OrderedDict()
         blocks = [block for record in records for block in record.blocks]
-        self.block_sizes: IntArray = np.array([block.samples for block in blocks], np.int64)
-        """[blocks] samples of each block."""
-        self._shard_of_block: IntArray = np.array(
-            [place for place, record in enumerate(records) for _ in record.blocks], np.int64
+        self._rows: IntArray = np.array([block.samples for block in blocks], np.int64)
+        counts = [len(record.blocks) for record in records]
+        self._shard_of_block: IntArray = np.repeat(np.arange(len(records)), counts)
+        self._first_id = _numbers(self._rows, counts, [shard.samples for shard in manifest.shards], self._shards)
+        self.all_blocks = sum(len(shard.blocks) for shard in manifest.shards)
+        """Blocks of the whole folder."""
+        self.block_numbers = _numbers(
+            np.ones_like(self._rows), counts, [len(shard.blocks) for shard in manifest.shards], self._shards
         )
-        first_ids = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
-        in_view = np.cumsum(self.block_sizes) - self.block_sizes
-        jumps = first_ids[self._shards] - np.cumsum([0, *(record.samples for record in records)])[:-1]
-        self._first_id: IntArray = in_view + jumps[self._shard_of_block]
+        """[blocks] number of each block in the whole folder."""
+        before, behind = (np.searchsorted(self._left_out, self._first_id + rows) for rows in (0, self._rows))
+        self._first_kept = self._first_id - before
+        self.block_sizes: IntArray = self._rows - (behind - before)
+        """[blocks] samples of each block, those left out not counted."""
         self._row_bytes = member_row_bytes(self.settings)
         self._starts: dict[str, IntArray] = {}
         for name, row_bytes in self._row_bytes.items():
             ends = np.array([sum(block.members[name]) for block in blocks], np.int64)
-            self._starts[name] = ends - self.block_sizes * row_bytes
+            self._starts[name] = ends - self._rows * row_bytes
         self._text = np.array([block.members["samples.json"] for block in blocks], np.int64).reshape(-1, 2)
 
     @classmethod
     def open(cls, folder: str | Path) -> "CodeShards":
-        """All shards of a finished folder.
+        """All shards of a finished folder. Raises: DataError for a missing or damaged manifest."""
+        manifest = Manifest.load(Path(folder))
+        return cls(Path(folder), manifest, range(len(manifest.shards)))
 
-        Raises: DataError for a missing or damaged manifest, a missing shard, or one of another size than recorded.
-        """
-        folder = Path(folder)
-        manifest = Manifest.load(folder)
-        for shard in manifest.shards:
-            check_size(folder, shard)
-        return cls(folder, manifest, range(len(manifest.shards)))
+    def check_files(self) -> None:
+        """Raise DataError where a shard of the view is missing, or of another size than recorded."""
+        for record in self._records:
+            check_size(self.folder, record)
+
+    def without(self, sample_ids: npt.ArrayLike) -> "CodeShards":
+        """The view without the samples of these numbers. All other samples keep theirs."""
+        left_out = np.union1d(self._left_out, np.asarray(sample_ids, np.int64))
+        return CodeShards(self.folder, self.manifest, self._shards.tolist(), left_out)
 
     def subset(self, shards: Sequence[int]) -> "CodeShards":
         """The view of some of this view's shards, by their place in it. Sample ids stay those of the folder."""
-        return CodeShards(self.folder, self.manifest, [self._shards[place] for place in shards])
+        return CodeShards(self.folder, self.manifest, [int(self._shards[place]) for place in shards], self._left_out)
 
     def split(self, validation_shards: int) -> tuple["CodeShards", "CodeShards | None"]:
         """(training view, view of the last `validation_shards` shards; None for 0).
@@ -93,19 +114,24 @@ class CodeShards:
         return int(self.block_sizes.sum())
 
     @property
+    def recorded(self) -> int:
+        """Samples in the view's shards, those left out too."""
+        return int(self._rows.sum())
+
+    @property
     def captioned(self) -> int:
-        """Samples of the view with at least one caption."""
-        return sum(record.captioned for record in self._records())
+        """How many of the `recorded` samples have at least one caption."""
+        return sum(record.captioned for record in self._records)
 
     @property
     def labelled(self) -> int:
-        """Samples of the view with a class."""
-        return sum(record.labelled for record in self._records())
+        """How many of the `recorded` samples have a class."""
+        return sum(record.labelled for record in self._records)
 
     @property
     def classes(self) -> int:
         """1 + the largest class in the view; 0 where there is none."""
-        return max((record.classes for record in self._records()), default=0)
+        return max((record.classes for record in self._records), default=0)
 
     def check_model(
         self, code_shape: Sequence[int], codebook_sizes: Sequence[int], fingerprint: str | None = None
@@ -132,7 +158,8 @@ class CodeShards:
 
     def sample_ids(self, block: IntArray, row: IntArray) -> IntArray:
         """[n], [n] -> numbers [n] of the samples in the whole folder."""
-        return self._first_id[block] + row
+        kept = self._first_kept[block] + row
+        return kept + np.searchsorted(self._left_out - np.arange(len(self._left_out)), kept, side="right")
 
     def read_codes(self, block: IntArray, row: IntArray, draw: npt.ArrayLike = 0) -> npt.NDArray[np.uint16]:
         """[n], [n], [n] -> code stacks [n, H, W, D]: the argmin's (draw 0) or of draw 1 .. draws."""
@@ -151,43 +178,64 @@ class CodeShards:
         self._read("latents.npy", block, row, np.arange(len(block)), out)
         return out
 
+    def read_run(self, block: int, first: int, draw: int, out: npt.NDArray[np.uint16]) -> None:
+        """Fill out [n, H, W, D] with the code stacks of rows first .. first + n - 1 of a block, in one read."""
+        name = f"draw{draw}.npy" if draw else "codes.npy"
+        rows = self._file_rows(np.full(len(out), block), first + np.arange(len(out)))
+        whole = out
+        if rows[-1] - rows[0] >= len(rows):  # samples between them are left out
+            whole = np.empty((int(rows[-1] - rows[0]) + 1, *out.shape[1:]), out.dtype)
+        offset = int(self._starts[name][block] + rows[0] * self._row_bytes[name])
+        self._files.read_into(int(self._shard_of_block[block]), offset, whole.reshape(-1).view(np.uint8))
+        if whole is not out:
+            out[:] = whole[rows - rows[0]]
+
+    def text_run(self, section: str, block: int, first: int, count: int) -> list[Any]:
+        """What a section ("keys", "captions" or "labels") says of rows first .. first + count - 1, in one read."""
+        rows = self._file_rows(np.full(count, block), first + np.arange(count))
+        line = SECTIONS.index(section) * (int(self._rows[block]) + 1) + 1 + rows
+        ends = self._line_ends(block)
+        start, stop = int(ends[line[0] - 1]), int(ends[line[-1]])
+        buffer = np.empty(stop - start, np.uint8)
+        self._files.read_into(int(self._shard_of_block[block]), int(self._text[block, 0]) + start, buffer)
+        try:
+            entries = json.loads(b"[" + buffer.tobytes().rstrip(b",\n") + b"]")
+            if len(entries) != line[-1] - line[0] + 1:
+                raise ValueError(f"{len(entries)} {section} on {line[-1] - line[0] + 1} lines")
+        except ValueError as error:
+            raise self._damaged(block, str(error)) from error
+        return entries if len(entries) == count else [entries[row] for row in (rows - rows[0]).tolist()]
+
     def captions(self, block: int, row: int) -> list[str]:
         """All captions of a sample."""
-        return cast(list[str], self._text_entry(block, int(self.block_sizes[block]) + 2 + row))
+        return cast(list[str], self.text_run("captions", block, row, 1)[0])
+
+    def file_of(self, block: int) -> str:
+        """Name of the shard that a block lies in."""
+        return self._records[int(self._shard_of_block[block])].file
 
     def key(self, block: int, row: int) -> str:
         """The name of a sample."""
-        return cast(str, self._text_entry(block, 1 + row))
+        return cast(str, self.text_run("keys", block, row, 1)[0])
 
     def label(self, block: int, row: int) -> int | None:
         """The class of a sample, if it has one."""
-        return cast(int | None, self._text_entry(block, 2 * int(self.block_sizes[block]) + 3 + row))
-
-    def _records(self) -> list[ShardRecord]:
-        return [self.manifest.shards[number] for number in self._shards]
+        return cast(int | None, self.text_run("labels", block, row, 1)[0])
 
     def _read(self, name: str, block: IntArray, row: IntArray, where: IntArray, out: npt.NDArray[Any]) -> None:
         """Fill out[where] with those rows of member `name`; file by file, in the order of the bytes."""
         row_bytes = self._row_bytes[name]
         shards = self._shard_of_block[block[where]]
-        offsets = self._starts[name][block[where]] + row[where] * row_bytes
+        offsets = self._starts[name][block[where]] + self._file_rows(block[where], row[where]) * row_bytes
         flat = out.reshape(len(out), -1).view(np.uint8)
         for i in np.lexsort((offsets, shards)).tolist():
             self._files.read_into(int(shards[i]), int(offsets[i]), flat[where[i]])
 
-    def _text_entry(self, block: int, line: int) -> object:
-        """One line of a block's samples.json."""
-        shard = int(self._shard_of_block[block])
-        offset, _ = self._text[block]
-        ends = self._line_ends(block)
-        buffer = np.empty(int(ends[line] - ends[line - 1]), np.uint8)
-        self._files.read_into(shard, int(offset + ends[line - 1]), buffer)
-        try:
-            return json.loads(buffer.tobytes().rstrip(b",\n"))
-        except ValueError as error:
-            raise self._damaged(block, str(error)) from error
+    def _file_rows(self, block: IntArray, row: IntArray) -> IntArray:
+        """[n], [n] -> rows in the file, where those left out are too."""
+        return self.sample_ids(block, row) - self._first_id[block] if len(self._left_out) else row
 
-    def _line_ends(self, block: int) -> IntArray:
+    def _line_ends(self, block: int) -> npt.NDArray[np.int32]:
         """Offset behind each line of a block's samples.json, from the cache of recently used blocks."""
         if block in self._line_tables:
             self._line_tables.move_to_end(block)
@@ -195,8 +243,8 @@ class CodeShards:
         offset, size = self._text[block]
         buffer = np.empty(int(size), np.uint8)
         self._files.read_into(int(self._shard_of_block[block]), int(offset), buffer)
-        ends = np.flatnonzero(buffer == ord("\n")) + 1
-        if len(ends) != 3 * self.block_sizes[block] + 4:
+        ends = (np.flatnonzero(buffer == ord("\n")) + 1).astype(np.int32)
+        if len(ends) != 3 * self._rows[block] + 4:
             raise self._damaged(block, f"{len(ends)} lines")
         self._line_tables[block] = ends
         if len(self._line_tables) > MAX_LINE_TABLES:
@@ -204,10 +252,9 @@ class CodeShards:
         return ends
 
     def _damaged(self, block: int, reason: str) -> DataError:
-        name = self._records()[self._shard_of_block[block]].file
         return DataError(
-            f"{self.folder / name}: the captions of a block are damaged ({reason}). Copy the shard again, or remove it "
-            "and run tools/pretokenize.py again."
+            f"{self.folder / self.file_of(block)}: the captions of a block are damaged ({reason}). Copy the shard "
+            "again, or remove it and run tools/pretokenize.py again."
         )
 
 
@@ -224,37 +271,51 @@ def check_size(folder: Path, shard: ShardRecord) -> None:
         )
 
 
+def _numbers(lengths: IntArray, per_shard: Sequence[int], of_shard: Sequence[int], shards: IntArray) -> IntArray:
+    """First number of each block where blocks of these lengths are numbered through a folder, others between them.
+
+    per_shard: blocks of each of these shards; of_shard: the length of every shard of the folder.
+    """
+    starts = np.cumsum(lengths) - lengths
+    firsts = np.cumsum([0, *of_shard])[:-1]
+    in_view = np.cumsum([0, *(of_shard[shard] for shard in shards)])[:-1]
+    return starts + np.repeat(firsts[shards] - in_view, per_shard)
+
+
 class _OpenFiles:
     """Positioned reads from many files, of which a bounded number is open. Each process opens its own."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = list(paths)
+    def __init__(self, folder: Path, records: Sequence[ShardRecord]) -> None:
+        self._folder, self._records = folder, records
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
+        self._most = min(MAX_OPEN_FILES, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_paths": self._paths, "_open": OrderedDict()}
+        return self.__dict__ | {"_open": OrderedDict()}
 
     def __del__(self) -> None:
         for file in self._open.values():
             file.close()
 
     def read_into(self, number: int, offset: int, buffer: npt.NDArray[np.uint8]) -> None:
-        """Fill `buffer` from file `number`. Raises: DataError where it has gone or ends before."""
+        """Fill `buffer` from file `number`. Raises: DataError where it is missing, not whole, or ends before."""
         try:
             count = os.preadv(self._file(number).fileno(), [buffer.data], offset)
         except OSError as error:
-            raise DataError(
-                f"code shard {self._paths[number]} cannot be read ({error}). Check that it is still there."
-            ) from error
+            path = self._folder / self._records[number].file
+            raise DataError(f"code shard {path} cannot be read ({error}). Check its disk.") from error
         if count != len(buffer):
-            raise DataError(f"code shard {self._paths[number]} ends at {offset + count}: truncated. Copy it again.")
+            path = self._folder / self._records[number].file
+            raise DataError(f"code shard {path} ends at {offset + count}: truncated. Copy it again.")
 
     def _file(self, number: int) -> BinaryIO:
         file = self._open.get(number)
-        if file is None:
-            file = self._open[number] = cast(BinaryIO, self._paths[number].open("rb", buffering=0))
-            if len(self._open) > MAX_OPEN_FILES:
-                self._open.popitem(last=False)[1].close()
-        else:
+        if file is not None:
             self._open.move_to_end(number)
+            return file
+        record = self._records[number]
+        check_size(self._folder, record)
+        while len(self._open) >= self._most:
+            self._open.popitem(last=False)[1].close()
+        file = self._open[number] = cast(BinaryIO, (self._folder / record.file).open("rb", buffering=0))
         return file

@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 import braceexpand
 
+from megarq.data.sources import is_local, list_remote
 from megarq.errors import DataError
 from megarq.files import atomic_file
 
@@ -54,9 +55,11 @@ class HashingFile:
 
 
 def expand_shards(patterns: str | Sequence[str]) -> list[str]:
-    """The tar files that brace patterns, globs, folders and plain paths name, in that order; a glob's are sorted.
+    """The shards that brace patterns, globs, folders, paths, addresses and `pipe:` commands name, in that order.
 
-    `'shards/{00000..00009}.tar'` gives ten names, each of which must exist; a folder gives its `*.tar`.
+    `'shards/{00000..00009}.tar'` gives ten names; a folder, or an address that ends in /, gives its `*.tar`. Of what a
+    glob finds, sorted, .tar files count: img2dataset puts others beside them. In an address, `*` may stand in the last
+    part. Local shards must exist; whether others do shows when they are read.
     A shard named twice is listed once, with a warning.
     Raises: DataError naming the pattern that matches nothing or the shard that is missing.
     """
@@ -64,14 +67,9 @@ def expand_shards(patterns: str | Sequence[str]) -> list[str]:
     shards: list[str] = []
     for pattern in given:
         for name in _expand_braces(pattern):
-            if Path(name).is_dir():
-                name = str(Path(name) / "*.tar")
-            if Path(name).is_file():
-                shards.append(name)
-                continue
-            found = sorted(match for match in glob.glob(name) if Path(match).is_file())  # noqa: PTH207
+            found = _find_local(name) if is_local(name) else _find_remote(name)
             if not found:
-                what = "no shard matches" if glob.has_magic(name) else "missing shard"
+                what = "no .tar file matches" if "*" in name or glob.has_magic(name) else "missing shard"
                 raise DataError(f"{what} {name!r} (from {pattern!r}). Check the path, or the range of the pattern.")
             shards.extend(found)
     if not shards:
@@ -80,6 +78,24 @@ def expand_shards(patterns: str | Sequence[str]) -> list[str]:
         if times > 1:
             logger.warning("shard %s is named %d times: read once", shard, times)
     return list(dict.fromkeys(shards))
+
+
+def _find_local(name: str) -> list[str]:
+    if Path(name).is_file():
+        return [name]
+    if Path(name).is_dir():
+        name = str(Path(name) / "*.tar")
+    return sorted(match for match in glob.glob(name) if match.endswith(".tar") and Path(match).is_file())  # noqa: PTH207
+
+
+def _find_remote(name: str) -> list[str]:
+    if name.startswith("pipe:"):
+        return [name]
+    if name.endswith("/"):
+        name += "*.tar"
+    if "*" not in name.partition("?")[0]:
+        return [name]
+    return [match for match in list_remote(name) if match.endswith(".tar")]
 
 
 def _expand_braces(pattern: str) -> list[str]:

@@ -4,26 +4,31 @@
 
 Consecutive members with the same key (the name up to the first dot of its last part) are one sample: an image
 (.jpg .jpeg .png .webp), its caption (.txt), more of them (.json: `captions`, a list, or `caption`), a class (.cls).
+What img2dataset writes is read as it is. webdataset's own reader is not used: it takes a tar that breaks off between
+two members for a whole one, and cannot name the last sample of a torn one.
 """
 
 import json
-import logging
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any, BinaryIO, Literal, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from megarq.data.faults import Fault, Faults
+from megarq.data.sources import Retry, SourceError, failure, is_local, open_source
 from megarq.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _READ_EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls")
+_NO_IMAGE = f"none of {', '.join('.' + name for name in IMAGE_EXTENSIONS)}"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,45 +47,6 @@ class ImageSample:
     """The tar it comes from."""
 
 
-class BadSamples:
-    """Counts the samples that cannot be used; they are logged and skipped until there are too many."""
-
-    def __init__(self, max_rate: float = 0.01, grace: int = 1000) -> None:
-        """max_rate: largest share of bad samples; while fewer than `grace` samples are seen, it is taken of `grace`.
-
-        Raises: DataError for a rate outside 0 <= max_rate < 1.
-        """
-        if not 0 <= max_rate < 1:
-            raise DataError(f"--max-bad-rate {max_rate}: use a share from 0 up to, but not including, 1.")
-        self.max_rate = max_rate
-        self.grace = grace
-        self.seen = 0
-        """Samples seen, good and bad."""
-        self.bad = 0
-        """Samples skipped."""
-
-    def count_seen(self, samples: int = 1) -> None:
-        """Count samples, good or bad, as seen."""
-        self.seen += samples
-
-    def skip(self, shard: str, key: str, reason: str) -> None:
-        """Log and count one bad sample. Raises: DataError where the rate is exceeded."""
-        self.bad += 1
-        logger.warning("skipped %s in %s: %s", key, shard, reason)
-        self._check(max(self.seen, self.grace), f"last: {key} in {shard}: {reason}")
-
-    def finish(self) -> None:
-        """Judge the whole, however small. Raises: DataError where the rate is exceeded."""
-        self._check(self.seen, "each is named in the log")
-
-    def _check(self, seen: int, detail: str) -> None:
-        if self.bad > self.max_rate * seen:
-            raise DataError(
-                f"{self.bad} bad samples of {self.seen} seen, above the accepted rate of {self.max_rate} ({detail}). "
-                "Mend or remove them, or accept more (--max-bad-rate, or data.max_bad_rate of a run)."
-            )
-
-
 def split_name(name: str) -> tuple[str, str]:
     """(key, extension in lower case) of a tar member, as webdataset has it: split at the first dot of the last part."""
     folder, slash, base = name.rpartition("/")
@@ -88,86 +54,148 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-@contextmanager
-def _open_tar(shard: str) -> Iterator[tarfile.TarFile]:
+class _TornError(Exception):
+    """A tar breaks off, or is damaged, in or after the sample `key`."""
+
+    def __init__(self, key: str, reason: object) -> None:
+        super().__init__(f"the tar is torn: {reason}")
+        self.key = key
+
+
+class _Header(tarfile.TarInfo):
+    """The header of a member. TarFile takes an archive that breaks off between two members for a whole one."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if buf == bytes(tarfile.BLOCKSIZE):
+                raise  # the end-of-archive block
+            if len(buf) < tarfile.BLOCKSIZE:
+                raise EOFError("unexpected end of data") from error
+            raise tarfile.ReadError(str(error)) from error
+
+
+def _open_tar(shard: str, file: BinaryIO, mode: Literal["r|", "r:"]) -> tarfile.TarFile:
     try:
-        with tarfile.open(shard, "r:") as tar:
-            yield tar
-    except FileNotFoundError as error:
-        raise DataError(f"missing shard {shard!r}. Check the path, or the range of the pattern.") from error
-    except (tarfile.TarError, OSError) as error:
+        # Names that are not UTF-8 stay printable, and different ones different.
+        return tarfile.open(fileobj=file, mode=mode, tarinfo=_Header, encoding="utf-8", errors="backslashreplace")
+    except EOFError as error:
+        raise _TornError("", error) from error
+    except tarfile.TarError as error:
         raise DataError(
-            f"shard {shard!r} cannot be read as an uncompressed tar ({error}). Copy or make it again."
+            f"shard {shard!r} is no uncompressed tar ({error}). Copy or make it again, or decompress it; a .tar.gz can "
+            "be given as 'pipe:gzip -dc FILE'."
         ) from error
 
 
-def tar_members(shard: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """Members of a shard that a sample can hold, in order, each with the open tar to extract it from.
+def _groups(
+    shard: str, file: BinaryIO, mode: Literal["r|", "r:"], take: Callable[[tarfile.TarFile, tarfile.TarInfo], T]
+) -> Iterator[tuple[str, dict[str, T]]]:
+    """(key, what `take` makes of each member by its extension) of every whole sample of a tar, in order.
 
-    Raises: DataError for a missing shard, one that is no tar, and a torn one, naming the last whole member's key. The
-    end-of-archive block must be there: a tar cut between two members looks whole but for it.
+    Raises: _TornError where it breaks off; DataError where it is no tar.
     """
-    with _open_tar(shard) as tar:
-        last = "none"
-        while True:
-            try:
-                member = tar.next()
-            except tarfile.TarError as error:
-                raise _torn(shard, last, str(error)) from error
-            if member is None:
-                break
-            _, extension = split_name(member.name)
-            if member.isreg() and extension in _READ_EXTENSIONS:
-                yield member, tar
-            last = split_name(member.name)[0]
-        assert tar.fileobj is not None
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise _torn(shard, last, "no end-of-archive block")
-
-
-def _torn(shard: str, key: str, reason: str) -> DataError:
-    return DataError(
-        f"shard {shard!r} is truncated or damaged after key {key!r} ({reason}). Copy or make it again, or leave it out."
-    )
-
-
-def read_samples(shard: str, bad: BadSamples) -> Iterator[ImageSample]:
-    """The captioned images of one shard, in order; those without an image or with unreadable text are counted in `bad`.
-
-    Raises: DataError for a missing or torn shard, or too many bad samples.
-    """
-    key: str | None = None
-    parts: dict[str, bytes] = {}
-    for member, tar in tar_members(shard):
-        member_key, extension = split_name(member.name)
-        if member_key != key or extension in parts:
-            if key is not None:
-                yield from _sample(shard, key, parts, bad)
-            key, parts = member_key, {}
-        file = tar.extractfile(member)
-        assert file is not None, "tar_members yields regular files"
+    key, parts = "", dict[str, T]()
+    with _open_tar(shard, file, mode) as tar:
         try:
-            parts[extension] = file.read()
-        except tarfile.TarError as error:
-            raise _torn(shard, key, str(error)) from error
-    if key is not None:
-        yield from _sample(shard, key, parts, bad)
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # else TarFile keeps them all
+                member_key, extension = split_name(member.name)
+                named = member_key and not member_key.endswith("/")
+                if not (named and member.isreg() and extension in _READ_EXTENSIONS):
+                    continue
+                if member_key != key or extension in parts:
+                    if parts:
+                        yield key, parts
+                    key, parts = member_key, {}
+                parts[extension] = take(tar, member)
+        except (tarfile.TarError, EOFError) as error:
+            raise _TornError(key, error) from error
+    if parts:
+        yield key, parts
 
 
-def _sample(shard: str, key: str, parts: dict[str, bytes], bad: BadSamples) -> Iterator[ImageSample]:
-    bad.count_seen()
-    image = next((parts[extension] for extension in IMAGE_EXTENSIONS if extension in parts), None)
-    if image is None:
-        bad.skip(shard, key, f"no image member ({', '.join('.' + name for name in IMAGE_EXTENSIONS)})")
-        return
+def _data(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None, "only regular files are taken"
+    return file.read()
+
+
+def _stream_groups(shard: str, retry: Retry) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The samples of a tar from any source. One that is not local is opened again where it fails, or is torn."""
+    done = failures = 0
+    while True:
+        try:
+            with open_source(shard) as stream:
+                for group in islice(_groups(shard, stream, "r|", _data), done, None):
+                    yield group
+                    done, failures = done + 1, 0
+                while stream.read(2**20):  # to its end, where a command tells how it went
+                    pass
+            return
+        except (SourceError, _TornError) as error:
+            failures += 1
+            if isinstance(error, _TornError) and (is_local(shard) or failures >= retry.attempts):
+                raise
+            retry.after(failures, shard, error)
+
+
+def _sound(
+    shard: str, groups: Iterator[tuple[str, dict[str, T]]], faults: Faults
+) -> Iterator[tuple[str, dict[str, T]]]:
+    """The samples that are neither torn nor second ones of their key; the others are counted in `faults`."""
+    keys = set[str]()
     try:
-        captions = _captions(parts)
-        label = _label(parts["cls"]) if "cls" in parts else None
-    except ValueError as error:
-        bad.skip(shard, key, f"unreadable caption or class ({error})")
+        for key, parts in groups:
+            faults.count_seen()
+            if key in keys:
+                faults.skip(shard, key, Fault.DUPLICATE_KEY, "an earlier sample has it")
+                continue
+            keys.add(key)
+            yield key, parts
+    except _TornError as torn:
+        faults.count_seen()
+        faults.skip(shard, torn.key or "the first sample", Fault.TRUNCATED, f"{torn}; this sample and all after it")
         return
-    yield ImageSample(key, image, captions, label, shard)
+    if not keys:
+        faults.note(shard, "", Fault.EMPTY, "it holds no samples")
+
+
+def read_samples(
+    shard: str, faults: Faults, caption_field: str | None = None, *, retry: Retry | None = None
+) -> Iterator[ImageSample]:
+    """The captioned images of one shard, in order, read as a stream. What cannot be used is counted in `faults`.
+
+    caption_field: take the captions from this field of the .json, a string or a list of them, and nowhere else. Of a
+    torn shard, all whole samples are used. A flaky source is opened again, and no sample comes twice.
+    Raises: DataError for a shard that is missing, cannot be read or is no tar, or too many faults.
+    """
+    bare = []
+    captioned = caption_field is not None
+    for key, parts in _sound(shard, _stream_groups(shard, retry or Retry()), faults):
+        image = _image(parts)
+        if image is None:
+            faults.skip(shard, key, Fault.NO_IMAGE, _NO_IMAGE)
+            continue
+        try:
+            captions = _captions(parts, caption_field)
+            label = _label(parts["cls"]) if "cls" in parts else None
+        except (ValueError, RecursionError) as error:
+            faults.skip(shard, key, Fault.UNREADABLE_TEXT, str(error))
+            continue
+        captioned = captioned or bool(captions)
+        if not captions:
+            bare.append(key)
+        yield ImageSample(key, image, captions, label, shard)
+    if captioned:
+        for key in bare:
+            faults.note(shard, key, Fault.NO_CAPTION, "used without")
+
+
+def _image(parts: dict[str, T]) -> T | None:
+    return next((parts[extension] for extension in IMAGE_EXTENSIONS if extension in parts), None)
 
 
 def _label(text: bytes) -> int:
@@ -177,46 +205,68 @@ def _label(text: bytes) -> int:
     return label
 
 
-def _captions(parts: dict[str, bytes]) -> list[str]:
-    """The JSON's `captions`, else the text member, else the JSON's `caption`; blank ones are dropped."""
+def _captions(parts: dict[str, bytes], field: str | None) -> list[str]:
+    """The field asked for, else the JSON's `captions`, else the text, else the JSON's `caption`; none is blank."""
     record = json.loads(parts["json"]) if "json" in parts else {}
     if not isinstance(record, dict):
         raise ValueError(f"the .json member holds a {type(record).__name__}, not an object")
-    given = record.get("captions")
-    if given is None:
-        given = [parts["txt"].decode()] if "txt" in parts else [record.get("caption") or ""]
-    if not isinstance(given, list) or not all(isinstance(caption, str) for caption in given):
-        raise ValueError("captions are not a list of strings")
-    return [caption.strip() for caption in given if caption.strip()]
+    given: Any = record.get(field or "captions")
+    if given is None and field is None:
+        given = parts["txt"].decode("utf-8-sig") if "txt" in parts else record.get("caption")
+    captions = given if isinstance(given, list) else [given or ""]
+    if not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"the captions {given!r:.80} are neither a string nor a list of strings")
+    "".join(captions).encode()  # a lone half of a surrogate pair, which JSON can hold, is no text
+    return [caption.strip() for caption in captions if caption.strip()]
+
+
+def scan_samples(
+    shard: str, faults: Faults, take: Callable[[tarfile.TarFile, tarfile.TarInfo], T]
+) -> Iterator[tuple[str, dict[str, T]]]:
+    """(key, what `take` makes of each member by its extension) of the samples of a local shard that have an image.
+
+    Headers alone are read. What cannot be used is counted in `faults`. Raises: DataError for a shard that is missing,
+    not local or no tar, or too many faults.
+    """
+    if not is_local(shard):
+        raise DataError(f"shard {shard!r} cannot be read in any order. Copy it to a local disk first.")
+    try:
+        with Path(shard).open("rb") as file:
+            for key, parts in _sound(shard, _groups(shard, file, "r:", take), faults):
+                if _image(parts) is None:
+                    faults.skip(shard, key, Fault.NO_IMAGE, _NO_IMAGE)
+                else:
+                    yield key, parts
+    except OSError as error:
+        raise failure(shard, error) from error
 
 
 class ImageIndex:
-    """Where every image of a list of shards lies, so that any can be read alone."""
+    """Where every image of a list of local shards lies, so that any can be read alone."""
 
-    def __init__(self, shards: Sequence[str]) -> None:
-        """Scan the headers of all shards. Raises: DataError for missing or torn shards, or none with an image."""
+    def __init__(self, shards: Sequence[str], faults: Faults) -> None:
+        """Scan the headers of all shards. What cannot be used is counted in `faults`.
+
+        Raises: DataError for missing shards, sources that are not local, no image at all, or too many faults.
+        """
         self.shards = list(shards)
-        shard_numbers, offsets, sizes, keys = [], [], [], []
+        shard_numbers, places, keys = [], [], []
         for number, shard in enumerate(self.shards):
-            for member, _ in tar_members(shard):
-                key, extension = split_name(member.name)
-                if extension in IMAGE_EXTENSIONS:
-                    shard_numbers.append(number)
-                    offsets.append(member.offset_data)
-                    sizes.append(member.size)
-                    keys.append(key.encode())
+            for key, parts in scan_samples(shard, faults, lambda _, member: (member.offset_data, member.size)):
+                shard_numbers.append(number)
+                places.append(_image(parts))
+                keys.append(key.encode())
         if not keys:
             raise DataError(
                 f"no images in {len(self.shards)} shards, the first being {self.shards[0]!r}. "
                 f"Give tars whose members end in {', '.join('.' + name for name in IMAGE_EXTENSIONS)}."
             )
         self._shard_numbers = np.array(shard_numbers, np.int32)
-        self._offsets = np.array(offsets, np.int64)
-        self._sizes = np.array(sizes, np.int64)
+        self._places = np.array(places, np.int64)
         self._keys: npt.NDArray[np.bytes_] = np.array(keys)
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._places)
 
     def name(self, index: int) -> tuple[str, str]:
         """(shard, key) of an image."""
@@ -225,13 +275,12 @@ class ImageIndex:
     def read(self, index: int) -> bytes:
         """The encoded picture. Raises: DataError where the shard has gone or shrunk since it was indexed."""
         shard, key = self.name(index)
+        offset, size = self._places[index].tolist()
         try:
             with Path(shard).open("rb", buffering=0) as file:
-                data = os.pread(file.fileno(), int(self._sizes[index]), int(self._offsets[index]))
+                data = os.pread(file.fileno(), size, offset)
         except OSError as error:
-            raise DataError(
-                f"shard {shard!r} cannot be read at key {key!r} ({error}). Check that it is still there."
-            ) from error
-        if len(data) != self._sizes[index]:
-            raise _torn(shard, key, "it shrank while it was in use")
+            raise failure(shard, error) from error
+        if len(data) != size:
+            raise DataError(f"shard {shard!r} shrank while it was in use, at key {key!r}. Copy or make it again.")
         return data

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megarq.data.batches import batches_in_order, check_share
-from megarq.data.image_shards import BadSamples, ImageIndex
+from megarq.data.faults import Fault, Faults
+from megarq.data.image_shards import ImageIndex
 from megarq.data.order import IntArray, LoaderState, permutation
 from megarq.data.transforms import TRANSFORMS, find_transform, transform_image
 from megarq.errors import DataError
@@ -49,15 +50,17 @@ class ImageLoader:
     ) -> None:
         """shards: tars, as `expand_shards` lists them; transform: a name in TRANSFORMS.
 
-        Raises: DataError for an unknown transform, torn or missing shards, or a batch that the ranks cannot share.
+        Raises: DataError for an unknown transform, missing shards, too many faults, or a batch that ranks cannot share.
         """
         find_transform(transform)
         self._share = check_share(global_batch_size, world_size)
-        self._index = ImageIndex(shards)
+        faults = Faults(max_bad_rate)
+        self._index = ImageIndex(shards, faults)
+        faults.finish()
         self._transform, self._resolution = transform, resolution
         self._batch, self._rank, self._seed, self._workers = global_batch_size, rank, seed, workers
         self._start = (start or LoaderState()).position(len(self._index))
-        self._bad = BadSamples(max_bad_rate)
+        self._faults = Faults(max_bad_rate)
         self._order: tuple[int, IntArray] | None = None
 
     @property
@@ -82,10 +85,10 @@ class ImageLoader:
             self._order = (epoch, permutation(len(self._index), self._seed, epoch))
         index = int(self._order[1][place])
         while True:
-            self._bad.count_seen()
+            self._faults.count_seen()
             data = self._index.read(index)
             try:
                 return transform_image(data, self._transform, self._resolution, derived_seed(self._seed, epoch, index))
             except DataError as error:
-                self._bad.skip(*self._index.name(index), str(error))
+                self._faults.skip(*self._index.name(index), Fault.UNREADABLE_IMAGE, str(error))
                 index = (index + 1) % len(self._index)

@@ -1,26 +1,35 @@
 """Batches of codes and conditions for one data-parallel rank.
 
-Worked example: 1,797 samples of [8, 8, 4] codes, global batch B = 64 on 2 ranks, 32 caption tokens:
+Worked example: 1,797 samples of [8, 8, 4] codes, global batch B = 64 on 2 ranks, 2 workers each, 32 caption tokens:
 
-    order.py        samples 64b .. 64b + 63 of the endless stream; rank_share takes this rank's 32 of them
-    code_shards.py  codes [32, 8, 8, 4] of draw 1 + (hash(seed, sample) + epoch) mod N; one caption of each sample
+    mixture.py      samples 64b .. 64b + 63 of the endless stream; rank_share takes this rank's 32 of them
+    worker w of W   of these, those of lanes with (lane // ranks) % W = w: no byte is read by two workers
+    windows.py      codes [n, 8, 8, 4] of draw 1 + (hash(seed, block) + epoch) mod N; one caption of each sample
     caption_encoder caption -> 32 tokens, with dropout seeded by (seed, sample, epoch)
     CodeBatch       codes [32, 8, 8, 4] int64, cond [32, 32] int64, latents or None, .., and the state after it
 
-Legend: b samples of this rank, H, W, D code shape, C codebook dim, L condition length.
+A draw is chosen by block, so that a window is one read of that draw's bytes. The samples of a block were drawn
+independently of each other, so which draw they take together says nothing about their codes.
+
+Legend: b samples of this rank, n of one worker, H, W, D code shape, C codebook dim, L condition length.
 """
 
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice, repeat
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from megarq.data.batches import batches_in_order, check_share
 from megarq.data.code_shards import CodeShards
-from megarq.data.order import IntArray, LoaderState, SampleOrder, mix, rank_share, sample_hash
+from megarq.data.mixture import Mixture
+from megarq.data.order import IntArray, LoaderState, Picks, hash_array, mix, rank_share, sample_hash
+from megarq.data.windows import LaneWindows, Rows
 from megarq.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -42,19 +51,37 @@ class CodeBatch:
     weights: Tensor
     """[b] float32: 1, or 0 for a sample that only fills up the last validation batch."""
     sample_ids: Tensor
-    """[b] int64 number of each sample in the code folder."""
+    """[b] int64 number of each sample, counted through the code folders."""
     epochs: Tensor
-    """[b] int64 pass over the data that each sample belongs to; a batch may stand in two."""
+    """[b] int64 pass over its folder that each sample belongs to; a batch may stand in two."""
     state: LoaderState
     """Where the loader stands after this batch: start there to go on."""
 
 
+@dataclass
+class Part:
+    """What one worker makes of a batch; numbers are widened in the process that trains."""
+
+    places: Tensor
+    """[n] int64 places among the rank's b samples."""
+    codes: Tensor
+    """[n, H, W, D] uint16."""
+    cond: Tensor
+    """[n, L] int64."""
+    latents: Tensor | None
+    """[n, H, W, C] float16."""
+    sample_ids: Tensor
+    """[n] int64."""
+    epochs: Tensor
+    """[n] int64."""
+
+
 class SampleMaker:
-    """Turns places in the code shards into tensors; every choice is a function of (seed, sample, epoch)."""
+    """Turns places in the code shards into tensors; every choice is a function of (seed, sample or block, epoch)."""
 
     def __init__(
         self,
-        data: CodeShards,
+        data: Mixture,
         *,
         targets: str,
         condition: str,
@@ -69,50 +96,80 @@ class SampleMaker:
         self._data, self._seed = data, seed
         self._targets, self._condition = targets, condition
         self._cond_length, self._caption_encoder = cond_length, caption_encoder
-        _check_targets(data, targets)
-        _check_condition(data, condition, cond_length, caption_encoder)
+        for folder in data.folders:
+            _check_targets(folder, targets)
+            _check_condition(folder, condition, cond_length, caption_encoder)
+        self._first_draw = hash_array(data.block_numbers, seed) % np.maximum(data.draws, 1).astype(np.uint64)
+        self.text_type: npt.DTypeLike = object if condition == "text" else np.int64
+        """Of what `read` says of a sample besides its codes: a caption or a class."""
 
-    def make(self, block: IntArray, row: IntArray, epoch: IntArray | None, state: LoaderState) -> CodeBatch:
-        """[b] each -> the batch of these samples; without epochs: first choices and no caption dropout."""
-        ids = self._data.sample_ids(block, row)
-        hashes = sample_hash(self._seed, ids)
-        epochs = (np.zeros_like(ids) if epoch is None else epoch).astype(np.uint64)
-        draw = np.zeros_like(ids)
+    def read(self, block: int, first: int, epoch: int, codes: Rows, text: Rows) -> None:
+        """Fill codes [n, H, W, D] and text [n] with rows first .. first + n - 1 of a block in an epoch."""
+        folder, number = self._data.place(block)
+        draw = 0
         if self._targets == "draws":
-            draw = 1 + self._turn(hashes, epochs, np.uint64(self._data.settings.draws))
-        latents = torch.from_numpy(self._data.read_latents(block, row)) if self._targets == "soft" else None
-        return CodeBatch(
-            codes=torch.from_numpy(self._data.read_codes(block, row, draw).astype(np.int64)),
-            cond=self._cond(block, row, hashes, epochs, dropout=epoch is not None),
-            latents=latents,
-            weights=torch.ones(len(ids)),
-            sample_ids=torch.from_numpy(ids),
-            epochs=torch.from_numpy(epochs.astype(np.int64)),
-            state=state,
+            draw = 1 + (int(self._first_draw[block]) + epoch) % int(self._data.draws[block])
+        folder.read_run(number, first, draw, codes)
+        if self._condition == "class":
+            text[:] = folder.text_run("labels", number, first, len(text))
+        elif self._condition == "text":
+            rows = first + np.arange(len(text))
+            hashes = sample_hash(self._seed, self._data.sample_ids(np.full_like(rows, block), rows)).tolist()
+            captions = zip(folder.text_run("captions", number, first, len(text)), hashes, strict=True)
+            text[:] = [turns[(start + epoch) % len(turns)] if turns else "" for turns, start in captions]
+
+    def make(self, picks: Picks, codes: Rows, text: Rows, places: IntArray, *, dropout: bool = True) -> Part:
+        """The tensors of samples that were read as codes [n, H, W, D] and text [n]; without dropout: whole captions."""
+        ids = self._data.sample_ids(picks.block, picks.row)
+        latents = None
+        if self._targets == "soft":
+            latents = torch.from_numpy(self._data.read_latents(picks.block, picks.row))
+        seeds = None
+        if self._condition == "text" and dropout:
+            seeds = (mix(sample_hash(self._seed, ids) ^ mix(picks.epoch.astype(np.uint64))) >> np.uint64(1)).tolist()
+        return Part(
+            torch.from_numpy(places),
+            torch.from_numpy(codes),
+            self._cond(text, seeds),
+            latents,
+            torch.from_numpy(ids),
+            torch.from_numpy(picks.epoch),
         )
 
-    @staticmethod
-    def _turn(hashes: np.ndarray, epochs: np.ndarray, choices: np.uint64) -> IntArray:
-        """(hash + epoch) mod choices: each sample starts anywhere and takes its choices in turn."""
-        return ((hashes % choices + epochs) % choices).astype(np.int64)
-
-    def _cond(self, block: IntArray, row: IntArray, hashes: np.ndarray, epochs: np.ndarray, *, dropout: bool) -> Tensor:
-        places = list(zip(block.tolist(), row.tolist(), strict=True))
-        if self._condition == "none":
-            return torch.zeros(len(places), 1, dtype=torch.int64)
-        if self._condition == "class":
-            labels = [self._data.label(*place) for place in places]
-            return torch.tensor(labels, dtype=torch.int64).unsqueeze(1)
-        assert self._caption_encoder is not None
-        seeds = (mix(hashes ^ mix(epochs)) >> np.uint64(1)).tolist()
-        tokens = []
-        for place, start, epoch, seed in zip(places, hashes.tolist(), epochs.tolist(), seeds, strict=True):
-            captions = self._data.captions(*place) or [""]
-            caption = captions[(start % len(captions) + epoch) % len(captions)]
-            tokens.append(self._caption_encoder(caption, seed if dropout else None))
-        cond = torch.tensor(tokens, dtype=torch.int64)
-        assert cond.shape == (len(places), self._cond_length), f"caption_encoder gave {tuple(cond.shape)}"
+    def _cond(self, text: Rows, seeds: list[int] | None) -> Tensor:
+        """[n, L]: classes, zeros, or captions as tokens, with dropout where seeds are given."""
+        if self._condition != "text":
+            return torch.from_numpy(text).unsqueeze(1)
+        encode = self._caption_encoder
+        assert encode is not None
+        tokens = list(map(encode, text.tolist(), seeds or repeat(None)))
+        cond = torch.tensor(tokens, dtype=torch.int64).reshape(len(text), -1 if tokens else self._cond_length)
+        assert cond.shape[1] == self._cond_length, f"caption_encoder gave {tuple(cond.shape)}"
         return cond
+
+
+def join(parts: list[Part], state: LoaderState, pin_memory: bool = False) -> CodeBatch:
+    """One batch of its parts, each sample at its place."""
+    count = sum(len(part.places) for part in parts)
+
+    def whole(name: str, dtype: torch.dtype | None = None) -> Any:
+        given = [getattr(part, name) for part in parts]
+        if given[0] is None:
+            return None
+        out = torch.empty(count, *given[0].shape[1:], dtype=dtype or given[0].dtype, pin_memory=pin_memory)
+        for part, values in zip(parts, given, strict=True):
+            out.numpy()[part.places.numpy()] = values.numpy()
+        return out
+
+    return CodeBatch(
+        codes=whole("codes", torch.int64),
+        cond=whole("cond"),
+        latents=whole("latents"),
+        weights=torch.ones(count),
+        sample_ids=whole("sample_ids"),
+        epochs=whole("epochs"),
+        state=state,
+    )
 
 
 def _check_targets(data: CodeShards, targets: str) -> None:
@@ -133,9 +190,9 @@ def _check_condition(data: CodeShards, condition: str, cond_length: int, encoder
     assert condition in ("text", "class", "none"), condition
     assert cond_length == 1 or condition == "text", "a class is one token"
     assert condition != "text" or encoder is not None, "captions need an encoder"
-    if condition == "class" and data.labelled < data.samples:
+    if condition == "class" and data.labelled < data.recorded:
         raise DataError(
-            f"the model is conditional on classes, but {data.samples - data.labelled} of {data.samples} samples in "
+            f"the model is conditional on classes, but {data.recorded - data.labelled} of {data.recorded} samples in "
             f"{data.folder} have none. Make the image shards with classes (tools/make_shards.py --class-folders)."
         )
     if condition == "text" and data.captioned == 0:
@@ -143,10 +200,10 @@ def _check_condition(data: CodeShards, condition: str, cond_length: int, encoder
             f"the model is conditional on captions, but no sample in {data.folder} has one. Make the image shards with "
             "captions (tools/make_shards.py --captions)."
         )
-    if condition == "text" and data.captioned < data.samples:
-        missing = data.samples - data.captioned
+    if condition == "text" and data.captioned < data.recorded:
+        missing = data.recorded - data.captioned
         logger.warning(
-            "%d of %d samples in %s have no caption: they train as empty", missing, data.samples, data.folder
+            "%d of %d samples in %s have no caption: they train as empty", missing, data.recorded, data.folder
         )
 
 
@@ -155,7 +212,7 @@ class CodeLoader:
 
     def __init__(
         self,
-        data: CodeShards,
+        data: Mixture,
         *,
         caption_encoder: CaptionEncoder | None,
         cond_length: int,
@@ -166,14 +223,18 @@ class CodeLoader:
         seed: int = 0,
         targets: str = "draws",
         workers: int = 0,
+        prefetch: int = 2,
+        pin_memory: bool = False,
         start: LoaderState | None = None,
     ) -> None:
-        """rank, world_size: data-parallel; workers: processes of this rank that make batches, 0 for none.
+        """rank, world_size: data-parallel; workers: processes of this rank that share its batches, 0 for none.
+
+        prefetch: batches that the workers make ahead; pin_memory: hand batches over in page-locked memory, for CUDA.
 
         Raises: DataError where the ranks cannot share the batch, the start is of other data, or the shards lack what
         the targets or the condition need.
         """
-        check_share(global_batch_size, world_size)
+        self._share = check_share(global_batch_size, world_size)
         self._maker = SampleMaker(
             data,
             targets=targets,
@@ -182,29 +243,47 @@ class CodeLoader:
             caption_encoder=caption_encoder,
             seed=seed,
         )
-        self._order = SampleOrder(data.block_sizes, seed)
-        self._batch, self._rank, self._world_size, self._workers = global_batch_size, rank, world_size, workers
+        self._order = data.order(seed)
+        self._code_shape = data.settings.code_shape
+        self._batch, self._rank, self._world_size = global_batch_size, rank, world_size
+        self._workers, self._prefetch, self._pin_memory = workers, prefetch, pin_memory
         self._start = (start or LoaderState()).position(self._order.samples)
+        self._windows: dict[int, LaneWindows] = {}
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples in one pass over the data."""
+        """Samples in an epoch: one pass over the data, or as many passes over each folder as its weight says."""
         return self._order.samples
 
     def __iter__(self) -> Iterator[CodeBatch]:
-        return batches_in_order(self._load, self._workers)
+        parts, each = batches_in_order(self._part, self._workers, prefetch=self._prefetch), max(1, self._workers)
+        position = self._start
+        while True:
+            position += self._batch
+            yield join(list(islice(parts, each)), LoaderState.at(position, self._order.samples), self._pin_memory)
 
-    def _load(self, number: int) -> CodeBatch:
-        """Batch `number` after the start, for this rank."""
-        first = self._start + number * self._batch
-        picks = self._order.picks(first, self._batch)
-        mine = rank_share(picks.lane, self._world_size, self._rank)
-        state = LoaderState.at(first + self._batch, self._order.samples)
-        return self._maker.make(picks.block[mine], picks.row[mine], picks.epoch[mine], state)
+    def _part(self, number: int) -> Part:
+        """Part `number` % W of batch `number` // W after the start; a worker is handed the same part of every batch."""
+        batch, part = divmod(number, max(1, self._workers))
+        picks = self._order.picks(self._start + batch * self._batch, self._batch)
+        picks = picks.at(rank_share(picks.lane, self._world_size, self._rank))
+        places = np.flatnonzero(self._part_of(picks.lane) == part)
+        picks = picks.at(places)
+        if part not in self._windows:
+            lanes = np.arange(self._rank, self._order.lanes, self._world_size)
+            lanes = lanes[self._part_of(lanes) == part]
+            self._windows[part] = LaneWindows(
+                self._order, lanes, self._maker.read, self._code_shape, self._maker.text_type
+            )
+        return self._maker.make(picks, *self._windows[part].take(picks), places)
+
+    def _part_of(self, lane: IntArray) -> IntArray:
+        """Which worker makes the samples of each lane."""
+        return lane // self._world_size % max(1, self._workers)
 
 
 def validation_batches(
-    data: CodeShards,
+    data: Mixture,
     *,
     caption_encoder: CaptionEncoder | None,
     cond_length: int,
@@ -231,7 +310,15 @@ def validation_batches(
         inside = np.minimum(places, data.samples - 1)
         block = np.searchsorted(ends, inside, side="right")
         row = inside - (ends[block] - data.block_sizes[block])
-        batch = maker.make(block, row, None, LoaderState(0, min(first + global_batch_size, data.samples)))
+        codes = np.empty((share, *data.settings.code_shape), "<u2")
+        text = np.zeros(share, maker.text_type)
+        breaks = np.flatnonzero((np.diff(block) != 0) | (np.diff(row) != 1)) + 1
+        for run in np.split(np.arange(share), breaks):
+            here = slice(int(run[0]), int(run[-1]) + 1)
+            maker.read(int(block[run[0]]), int(row[run[0]]), 0, codes[here], text[here])
+        none = np.zeros_like(block)
+        part = maker.make(Picks(none, none, none, none, block, row), codes, text, np.arange(share), dropout=False)
+        batch = join([part], LoaderState(0, min(first + global_batch_size, data.samples)))
         batch.weights = torch.from_numpy((places < data.samples).astype(np.float32))
         return batch
 

@@ -10,13 +10,15 @@ Worked example: blocks of 1024, 1024 and 500 samples (N = 2548), seed 0, window 
 5. Epochs follow each other without a seam: global batch b of size B is samples b*B .. b*B + B - 1 of the endless
    stream, and the tail of an epoch opens the next epoch's first batch.
 
-A rank serves the lanes `lane % ranks == rank`, and so reads about 1/ranks of the bytes; where a batch gives it more or
-fewer than B / ranks samples, the surplus goes to the ranks that are short (`rank_share`).
+A rank serves the lanes `lane % ranks == rank`, and so reads about 1/ranks of the bytes, window after window (`runs`).
+Where a batch gives it more or fewer than B / ranks samples, the surplus goes to the ranks that are short: `rank_share`.
 
 All random numbers are splitmix64 hashes, not a generator's stream: they stay the same in every version of numpy.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -71,7 +73,7 @@ def hash_array(values: npt.ArrayLike, *key: int) -> UInt64Array:
 
 
 def sample_hash(seed: int, sample_ids: npt.ArrayLike) -> UInt64Array:
-    """The number from which a sample's draw and caption are chosen: a hash of (seed, sample)."""
+    """The number from which a sample's caption is chosen: a hash of (seed, sample)."""
     return hash_array(sample_ids, seed)
 
 
@@ -88,10 +90,25 @@ class Picks:
     """Epoch of each sample."""
     lane: IntArray
     """Lane that each sample was taken from."""
+    window: IntArray
+    """Number of the window that each sample's lane stands in."""
+    place: IntArray
+    """Place of each sample among the elements of its window, before they are shuffled."""
     block: IntArray
     """Index of each sample's block."""
     row: IntArray
     """Row of each sample in its block."""
+
+    def at(self, which: npt.NDArray[np.generic]) -> "Picks":
+        """Those at these places, or where this is true."""
+        return Picks(*(getattr(self, field.name)[which] for field in fields(self)))
+
+    @staticmethod
+    def joined(parts: "Sequence[Picks]") -> "Picks":
+        """One after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        return Picks(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Picks)))
 
 
 class SampleOrder:
@@ -107,7 +124,8 @@ class SampleOrder:
         self.lanes = min(max_lanes, max(1, self.samples // window))
         """Spans that an epoch is dealt into."""
         self._seed = seed
-        self._window = window
+        self.window = min(window, -(-self.samples // self.lanes))
+        """Elements of a window; where a lane is shorter, of the longest lane."""
         self._blocks_of_epoch: tuple[int, IntArray, IntArray] | None = None
         self._window_of_lanes: tuple[int, int, IntArray] | None = None
 
@@ -119,24 +137,40 @@ class SampleOrder:
             taken = min(count, self.samples - first)
             parts.append(self._picks_of_epoch(epoch, first, taken))
             start, count = start + taken, count - taken
-        if len(parts) == 1:
-            return parts[0]
-        return Picks(*(np.concatenate([getattr(part, name) for part in parts]) for name in Picks.__annotations__))
+        return Picks.joined(parts)
+
+    def runs(self, epoch: int, lane: int, window: int) -> list[tuple[int, int, int]]:
+        """(block, first row, rows) of each run of rows that a lane's window is made of, in the order of its places."""
+        start, stop = (self._lane_start(lane + after) for after in (0, 1))
+        start += window * self.window
+        stop = min(stop, start + self.window)
+        order, ends = self._permuted_blocks(epoch)
+        at, runs = int(np.searchsorted(ends, start, side="right")), []
+        while start < stop:
+            block = int(order[at])
+            rows = min(int(ends[at]), stop) - start
+            if rows:
+                runs.append((block, start - int(ends[at] - self._sizes[block]), rows))
+            start, at = start + rows, at + 1
+        return runs
 
     def _picks_of_epoch(self, epoch: int, first: int, count: int) -> Picks:
         index, lane = np.divmod(np.arange(first, first + count), self.lanes)
-        short, longer = divmod(self.samples, self.lanes)
-        element = lane * short + np.minimum(lane, longer)
-        window = index // self._window
+        window, place = np.divmod(index, self.window)
         for number in range(int(window[0]), int(window[-1]) + 1):
             here = window == number
-            shuffled = self._window_permutations(epoch, number)
-            element[here] += shuffled[lane[here], index[here] - number * self._window] + number * self._window
+            place[here] = self._window_permutations(epoch, number)[lane[here], place[here]]
+        element = self._lane_start(lane) + window * self.window + place
         order, ends = self._permuted_blocks(epoch)
-        place = np.searchsorted(ends, element, side="right")
-        block = order[place]
-        row = element - (ends[place] - self._sizes[block])
-        return Picks(np.full(count, epoch), lane, block, row)
+        at = np.searchsorted(ends, element, side="right")
+        block = order[at]
+        row = element - (ends[at] - self._sizes[block])
+        return Picks(np.full(count, epoch), lane, window, place, block, row)
+
+    def _lane_start(self, lane: Any) -> Any:
+        """First element of a lane, or of each of many; that of the lane behind the last is the end."""
+        short, longer = divmod(self.samples, self.lanes)
+        return lane * short + np.minimum(lane, longer)
 
     def _permuted_blocks(self, epoch: int) -> tuple[IntArray, IntArray]:
         """Blocks in the epoch's order, and the element that each ends before."""
@@ -149,9 +183,9 @@ class SampleOrder:
         """Permutations of window `number` of every lane: [lanes, <= window], valid up to each lane's own length."""
         if self._window_of_lanes is None or self._window_of_lanes[:2] != (epoch, number):
             short, longer = divmod(self.samples, self.lanes)
-            lengths = short + (np.arange(self.lanes) < longer) - number * self._window
-            width = int(min(self._window, lengths.max()))
-            places = np.arange(self.lanes)[:, None] * self._window + np.arange(width)
+            lengths = short + (np.arange(self.lanes) < longer) - number * self.window
+            width = int(min(self.window, lengths.max()))
+            places = np.arange(self.lanes)[:, None] * self.window + np.arange(width)
             keys = hash_array(places, self._seed, epoch, number)
             keys[np.arange(width) >= lengths[:, None]] = np.iinfo(np.uint64).max
             self._window_of_lanes = (epoch, number, np.argsort(keys, axis=1, kind="stable"))

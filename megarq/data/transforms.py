@@ -47,8 +47,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB picture as a float tensor [3, height, width] in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return pixels.permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1.0)
+    return from_pixels(torch.from_numpy(np.array(image, dtype=np.uint8)))
+
+
+def from_pixels(pixels: Tensor) -> Tensor:
+    """RGB pixels, uint8 [..., height, width, 3], as floats [..., 3, height, width] in [-1, 1]."""
+    return pixels.movedim(-1, -3).contiguous().float().div_(127.5).sub_(1.0)
 
 
 def transform_image(data: bytes, name: str, resolution: int, seed: int = 0) -> Tensor:

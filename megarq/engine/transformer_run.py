@@ -1,6 +1,6 @@
 """Stage 2: training the RQ-Transformer on code shards."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,10 @@ import torch
 from megarq.config.deepspeed import batch_sizes
 from megarq.config.run import RQTransformerRunConfig
 from megarq.data.code_shards import CodeShards
+from megarq.data.exclusion import excluded_samples
 from megarq.data.loader import CodeBatch, CodeLoader, validation_batches
+from megarq.data.mixture import Mixture, Source
+from megarq.data.order import IntArray
 from megarq.engine.build import construction
 from megarq.engine.fragments import write_sharded
 from megarq.engine.pipeline import build_stage, describe_pipeline
@@ -18,7 +21,7 @@ from megarq.engine.session import Session, copy_once
 from megarq.engine.transformer_task import TransformerTask
 from megarq.errors import ConfigError, DataError
 from megarq.inference.pretrained import load_rqvae, save_rqvae
-from megarq.parallel.together import alike
+from megarq.parallel.together import alike, from_rank_zero
 from megarq.parallel.topology import ProcessGroups
 from megarq.rqvae.model import RQVAE, fingerprint
 from megarq.text.tokenizer import TextTokenizer
@@ -29,7 +32,7 @@ from megarq.transformer.stages import Stage
 
 def train_transformer(
     session: Session,
-    codes: Path,
+    sources: Sequence[Source],
     tokenizer_file: Path | None,
     validation: Path | None,
     layer_flops: Mapping[str, int],
@@ -39,7 +42,7 @@ def train_transformer(
 
     Args:
         session: this rank of the run; its config is an RQTransformerRunConfig.
-        codes: folder of code shards, which holds its RQ-VAE too.
+        sources: folders of code shards; the first holds the RQ-VAE of all.
         tokenizer_file: tokenizer.json or .model; needed by a model with captions.
         validation: another folder of code shards, in place of `data.validation_shards`.
         layer_flops: of each layer's forward pass, by which the stages of a pipeline are balanced.
@@ -47,10 +50,11 @@ def train_transformer(
     """
     config, topology = session.config, session.groups.topology
     assert isinstance(config, RQTransformerRunConfig)
-    rqvae = alike(lambda: load_rqvae(codes, session.device)).requires_grad_(False)
-    train_data, held_out = alike(lambda: open_data(config, codes, validation, rqvae))
+    rqvae = alike(lambda: load_rqvae(sources[0].folder, session.device)).requires_grad_(False)
+    excluded = from_rank_zero(lambda: check_and_exclude(sources, validation))
+    train_data, held_out = alike(lambda: open_data(config, sources, excluded, validation, rqvae))
     if session.checkpoint is not None:
-        train_data.check_fingerprint(session.checkpoint.metadata["rqvae_fingerprint"])
+        train_data.folders[0].check_fingerprint(session.checkpoint.metadata["rqvae_fingerprint"])
     tokenizer = alike(lambda: open_tokenizer(config, tokenizer_file))
     loader, held_out_batches = alike(lambda: make_batches(session, train_data, held_out, tokenizer))
     module = build_transformer(config, session.ds, session.groups, session.device, layer_flops, rqvae)
@@ -66,10 +70,10 @@ def train_transformer(
         validation=held_out_batches,
         groups=session.groups,
         device=session.device,
-        sample_prompts=first_captions(held_out or train_data, config.log.sample_count),
+        sample_prompts=first_captions((held_out or train_data).folders[0], config.log.sample_count),
     )
-    trained_on = {"rqvae_fingerprint": fingerprint(rqvae)}
-    notes = []
+    trained_on = {"rqvae_fingerprint": fingerprint(rqvae), "data": train_data.describe()}
+    notes = [] if session.checkpoint is None else changed_data(session.checkpoint.metadata.get("data"), train_data)
     if topology.pp > 1:
         notes.append(describe_pipeline(layer_flops, topology.pp, batch_sizes(config.train, topology.dp)[1]))
     session.train(module, decayed, task, loader, loader.samples_per_epoch, flops_per_image, trained_on, notes)
@@ -99,7 +103,7 @@ def build_transformer(
 
 
 def make_batches(
-    session: Session, train: CodeShards, held_out: CodeShards | None, tokenizer: TextTokenizer | None
+    session: Session, train: Mixture, held_out: Mixture | None, tokenizer: TextTokenizer | None
 ) -> tuple[CodeLoader, Callable[[], Iterator[CodeBatch]] | None]:
     """Training batches, and what starts a pass over the held-out ones. Raises DataError where the shards lack any."""
     config, topology = session.config, session.groups.topology
@@ -118,6 +122,8 @@ def make_batches(
         train,
         caption_encoder=partial(encode, config.data.bpe_dropout) if encode else None,
         workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        pin_memory=session.device.type == "cuda",
         start=session.start,
         **options,
     )
@@ -142,30 +148,60 @@ def encode_caption(tokenizer: TextTokenizer, length: int, dropout: float, captio
     return tokenizer.encode(caption, length, 0.0 if seed is None else dropout, seed)
 
 
+def check_and_exclude(sources: Sequence[Source], validation: Path | None) -> list[IntArray]:
+    """Numbers of the samples to leave out of each folder; that all shards are there is checked on the way.
+
+    Raises DataError where a shard or a list is missing or damaged.
+    """
+    folders = [CodeShards.open(source.folder) for source in sources]
+    for folder in (*folders, *([CodeShards.open(validation)] if validation else [])):
+        folder.check_files()
+    return excluded_samples(folders, [source.exclusions for source in sources])
+
+
 def open_data(
-    config: RQTransformerRunConfig, codes: Path, validation: Path | None, rqvae: RQVAE
-) -> tuple[CodeShards, CodeShards | None]:
+    config: RQTransformerRunConfig,
+    sources: Sequence[Source],
+    excluded: Sequence[IntArray],
+    validation: Path | None,
+    rqvae: RQVAE,
+) -> tuple[Mixture, Mixture | None]:
     """Training and held-out samples. Raises DataError where they are damaged or of another model or RQ-VAE."""
-    shards = CodeShards.open(codes)
-    train, held_out = shards.split(config.data.validation_shards)
+    splits = [
+        CodeShards.open(source.folder).without(samples).split(config.data.validation_shards)
+        for source, samples in zip(sources, excluded, strict=True)
+    ]
+    train = [part for part, _ in splits]
+    held_out = [part for _, part in splits if part is not None]
     if validation is not None:
-        held_out = CodeShards.open(validation)
-    for data in (train, held_out):
-        if data is None:
-            continue
-        data.check_model(config.model.code_shape, config.model.sizes, fingerprint(rqvae))
-        if config.model.condition == "class" and data.classes > config.model.cond_vocab_size:
-            raise DataError(
-                f"{data.folder} holds class {data.classes - 1}, the model has {config.model.cond_vocab_size} classes. "
-                "Set model.cond_vocab_size."
-            )
-        if config.objective.targets == "draws" and data.settings.temperature != config.objective.temperature:
-            raise DataError(
-                f"{data.folder} was drawn at temperature {data.settings.temperature}, objective.temperature is "
-                f"{config.objective.temperature}. Set objective.temperature={data.settings.temperature}, or "
-                "pretokenize again."
-            )
-    return train, held_out
+        held_out = [CodeShards.open(validation)]
+    for data in (*train, *held_out):
+        check_data(config, data, rqvae)
+    return Mixture(train, [source.weight for source in sources]), Mixture(held_out) if held_out else None
+
+
+def check_data(config: RQTransformerRunConfig, data: CodeShards, rqvae: RQVAE) -> None:
+    """Raise DataError where codes are of another model, RQ-VAE or temperature than the run's."""
+    data.check_model(config.model.code_shape, config.model.sizes, fingerprint(rqvae))
+    if config.model.condition == "class" and data.classes > config.model.cond_vocab_size:
+        raise DataError(
+            f"{data.folder} holds class {data.classes - 1}, the model has {config.model.cond_vocab_size} classes. "
+            "Set model.cond_vocab_size."
+        )
+    if config.objective.targets == "draws" and data.settings.temperature != config.objective.temperature:
+        raise DataError(
+            f"{data.folder} was drawn at temperature {data.settings.temperature}, objective.temperature is "
+            f"{config.objective.temperature}. Set objective.temperature={data.settings.temperature}, or "
+            "pretokenize again."
+        )
+
+
+def changed_data(saved: Any, data: Mixture) -> list[str]:
+    """A line for the log where a run goes on with other samples or weights than those it was saved with."""
+    ours = data.describe()
+    if saved in (None, ours):
+        return []
+    return [f"changed since the checkpoint: the data, {saved} -> {ours}: this epoch's samples may repeat or be missed"]
 
 
 def open_tokenizer(config: RQTransformerRunConfig, file: Path | None) -> TextTokenizer | None:

@@ -39,8 +39,11 @@ class LaunchEnvironment:
     launcher: str
 
 
-def read_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
-    """This process's place, from its environment variables. Raises ConfigError where they are incomplete."""
+def read_environment(environ: Mapping[str, str], meet: bool = True) -> LaunchEnvironment:
+    """This process's place, from its environment variables. Raises ConfigError where they are incomplete.
+
+    meet: whether the ranks are to find each other, which takes an address.
+    """
     for launcher, names in _LAUNCHERS.items():
         # An allocation's batch shell has SLURM_NTASKS too; only a task that srun started has a step.
         if names[0] not in environ or (launcher == "srun" and "SLURM_STEP_ID" not in environ):
@@ -53,7 +56,7 @@ def read_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
                 f"unset {names[0]}."
             )
         elsewhere = _integer(environ, _LOCAL_SIZES.get(launcher, ""), 0) < world_size
-        if world_size > 1 and "MASTER_ADDR" not in environ and elsewhere:
+        if meet and world_size > 1 and "MASTER_ADDR" not in environ and elsewhere:
             raise ConfigError(
                 f"{launcher} started {world_size} ranks, but MASTER_ADDR is not set: "
                 "export MASTER_ADDR=<host of rank 0> and MASTER_PORT=<free port> before starting."

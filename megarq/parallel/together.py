@@ -26,6 +26,14 @@ def alike(action: Callable[[], T]) -> T:
     return kept[0]
 
 
+def from_rank_zero(action: Callable[[], T]) -> T:
+    """What rank 0 alone found out; where it failed, raise on all ranks (collective)."""
+    found = [alike(lambda: action() if dist.get_rank() == 0 else None)]
+    dist.broadcast_object_list(found, src=0)
+    assert found[0] is not None
+    return found[0]
+
+
 def together(action: Callable[[], T], gather: Gather = gather_objects) -> list[T]:
     """Run `action` on every rank and return all results; where it fails on any rank, raise on all (collective).
 

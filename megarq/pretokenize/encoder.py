@@ -1,118 +1,106 @@
 """Pictures through a frozen RQ-VAE, so that a sample's bytes depend on its block alone.
 
 A block of up to 1,024 samples is encoded in batches of one fixed size, the last one filled up with zeros, and no batch
-crosses a block. Arithmetic is fp32 without TF32. A drawn stack comes from a generator of (seed, sample key, draw).
+crosses a block. Convolutions are fp32 without TF32, or bf16 or fp16 where asked; distances are always fp32. A drawn
+stack comes from a generator of (seed, sample key, draw).
 
 Shapes: b batch, n block, R resolution, H, W, D code shape, K codebook size, C codebook dim.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import islice
-from typing import Any
+from copy import deepcopy
 
 import numpy as np
-import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megarq.data.code_writer import CodeBlock
-from megarq.data.image_shards import BadSamples, ImageSample, read_samples
+from megarq.data.image_shards import ImageSample
 from megarq.data.manifest import CodeSettings
-from megarq.data.transforms import transform_image
+from megarq.data.transforms import from_pixels
 from megarq.errors import DataError
-from megarq.parallel.initialization import derived_seed
+from megarq.parallel.initialization import named_generator
+from megarq.pretokenize.decoder import Batch, Pixels
 from megarq.rqvae.codebook import full_precision
 from megarq.rqvae.model import RQVAE
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _SOFT_BYTES = 2**28
 """Most memory that the soft codes behind the perplexity may take at once."""
 
 
 class BlockEncoder:
-    """Turns one image shard into blocks of codes."""
+    """Turns batches of pictures into blocks of codes."""
 
     def __init__(self, rqvae: RQVAE, settings: CodeSettings, device: torch.device) -> None:
-        """rqvae: on `device`, in eval mode; settings: what the shards are to hold."""
+        """rqvae: on `device`, in fp32 and in eval mode; settings: what the shards are to hold."""
         self._rqvae, self._settings, self._device = rqvae, settings, device
+        dtype = PRECISIONS[settings.precision]
+        encode = (rqvae if dtype == torch.float32 else deepcopy(rqvae).to(dtype)).encode
+        self._network = torch.compile(encode, dynamic=False) if settings.compiled else encode
 
-    def blocks(self, source: str, bad: BadSamples) -> Iterator[tuple[CodeBlock, tuple[float, ...]]]:
+    def blocks(self, batches: Iterable[Batch]) -> Generator[tuple[CodeBlock, tuple[float, ...]], None, None]:
         """The blocks of an image shard, each with the perplexity of Q per depth for the first, () for the others.
 
-        Raises: DataError for a missing or torn shard, or too many bad samples.
+        Raises: DataError where the latents are not finite.
         """
-        pictures = self._pictures(source, bad)
-        first = True
-        while pending := list(islice(pictures, self._settings.batch_size)):
-            yield self._block(pending, pictures, measure=first)
-            first = False
-
-    def _pictures(self, source: str, bad: BadSamples) -> Iterator[tuple[ImageSample, Tensor]]:
-        """The readable samples of a shard, each with its picture [3, R, R]."""
-        ours = self._settings
-        for sample in read_samples(source, bad):
-            try:
-                seed = derived_seed(ours.seed, sample.key)
-                picture = transform_image(sample.image, ours.transform, ours.resolution, seed)
-            except DataError as error:
-                bad.skip(source, sample.key, str(error))
-                continue
-            yield sample, picture
-
-    def _block(
-        self,
-        batch: list[tuple[ImageSample, Tensor]],
-        pictures: Iterator[tuple[ImageSample, Tensor]],
-        *,
-        measure: bool,
-    ) -> tuple[CodeBlock, tuple[float, ...]]:
-        """The block that begins with `batch` and goes on with `pictures`."""
         samples: list[ImageSample] = []
-        parts: dict[str, list[npt.NDArray[Any]]] = {}
-        perplexities = []
-        while batch:
-            samples.extend(sample for sample, _ in batch)
-            latents = self._encode(torch.stack([picture for _, picture in batch]))
-            for name, array in self._stacks(latents, [sample.key for sample, _ in batch]).items():
-                parts.setdefault(name, []).append(array)
-            if measure:
+        parts: list[dict[str, Tensor]] = []
+        perplexities: list[Tensor] = []
+        first = True
+        for batch in batches:
+            latents = self.encode(batch.pictures)
+            parts.append(self.stacks(latents, [sample.key for sample in batch.samples]))
+            if first:
                 perplexities.append(self._perplexity(latents))
-            room = self._settings.block_size - len(samples)
-            batch = list(islice(pictures, min(room, self._settings.batch_size)))
-        arrays = {name: np.concatenate(part) for name, part in parts.items()}
-        block = CodeBlock(
-            codes=arrays["codes"],
-            draws=[arrays[f"draw{draw}"] for draw in range(1, self._settings.draws + 1)],
+            samples += batch.samples
+            if len(samples) == self._settings.block_size:
+                yield self._block(samples, parts), _rounded_mean(perplexities)
+                samples, parts, perplexities, first = [], [], [], False
+        if samples:
+            yield self._block(samples, parts), _rounded_mean(perplexities)
+
+    @torch.no_grad()
+    def encode(self, pictures: Pixels) -> Tensor:
+        """[b, R, R, 3] -> fp32 latents [b, H, W, C], computed in a batch of the one fixed size."""
+        images = from_pixels(torch.from_numpy(pictures).to(self._device))
+        missing = self._settings.batch_size - len(pictures)
+        with _exact(self._device.type):
+            return self._network(F.pad(images, (0, 0) * 3 + (0, missing)))[: len(pictures)].float()
+
+    def stacks(self, latents: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
+        """[b, H, W, C] -> on the device, by name: argmin codes and draws [b, H, W, D], and the latents where stored."""
+        ours = self._settings
+        stacks = {"codes": self._rqvae.quantize(latents)}
+        for draw in range(1, ours.draws + 1):
+            generators = [named_generator(ours.seed, key, draw) for key in keys]
+            stacks[f"draw{draw}"] = self._rqvae.draw_hard_codes(latents, ours.temperature, generators)
+        stacks["finite"] = latents.isfinite().flatten(1).all(1)
+        if ours.latent_shape is not None:
+            stacks["latents"] = latents.half()
+            stacks["finite"] &= stacks["latents"].isfinite().flatten(1).all(1)
+        return stacks
+
+    def _block(self, samples: list[ImageSample], parts: list[dict[str, Tensor]]) -> CodeBlock:
+        """The samples and their stacks, fetched from the device. Raises: DataError where the latents are not finite."""
+        arrays = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+        if not arrays["finite"].all():
+            sample = samples[int(arrays["finite"].argmin())]
+            raise DataError(
+                f"the latents of {sample.key} in {sample.shard} are not finite in {self._settings.precision}. Use "
+                "--precision bf16 or fp32, leave out --latents (fp16 ends at 65,504), or check the RQ-VAE."
+            )
+        return CodeBlock(
+            codes=arrays["codes"].astype(np.uint16),
+            draws=[arrays[f"draw{draw}"].astype(np.uint16) for draw in range(1, self._settings.draws + 1)],
             latents=arrays.get("latents"),
             keys=[sample.key for sample in samples],
             captions=[sample.captions for sample in samples],
             labels=[sample.label for sample in samples],
         )
-        means = torch.cat(perplexities).mean(0).tolist() if measure else []
-        return block, tuple(float(f"{mean:.4g}") for mean in means)
-
-    @torch.no_grad()
-    def _encode(self, pictures: Tensor) -> Tensor:
-        """[b, 3, R, R] -> latents [b, H, W, C], computed in a batch of the one fixed size."""
-        size = self._settings.batch_size
-        batch = torch.zeros(size, *pictures.shape[1:])
-        batch[: len(pictures)] = pictures
-        with _exact(self._device.type):
-            return self._rqvae.encode(batch.to(self._device))[: len(pictures)].float()
-
-    def _stacks(self, latents: Tensor, keys: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
-        """[b, H, W, C] -> argmin codes and draws, uint16 [b, H, W, D], and fp16 latents where they are stored."""
-        ours = self._settings
-        stacks = {"codes": self._rqvae.quantize(latents)}
-        for draw in range(1, ours.draws + 1):
-            generators = [torch.Generator().manual_seed(derived_seed(ours.seed, key, draw)) for key in keys]
-            stacks[f"draw{draw}"] = self._rqvae.draw_hard_codes(latents, ours.temperature, generators)
-        arrays: dict[str, npt.NDArray[Any]] = {
-            name: codes.cpu().numpy().astype(np.uint16) for name, codes in stacks.items()
-        }
-        if ours.latent_shape is not None:
-            arrays["latents"] = latents.half().cpu().numpy()
-        return arrays
 
     def _perplexity(self, latents: Tensor) -> Tensor:
         """[b, H, W, C] -> exp(entropy of Q) of each sample at each depth, averaged over its positions: [b, D] fp64."""
@@ -124,6 +112,12 @@ class BlockEncoder:
             entropy = torch.special.entr(soft).sum(-1)
             means.append(entropy.double().exp().mean((1, 2)).cpu())
         return torch.cat(means)
+
+
+def _rounded_mean(perplexities: list[Tensor]) -> tuple[float, ...]:
+    """The mean over all rows of [b, D], to four digits; () for none."""
+    means = torch.cat(perplexities).mean(0).tolist() if perplexities else []
+    return tuple(float(f"{mean:.4g}") for mean in means)
 
 
 @contextmanager

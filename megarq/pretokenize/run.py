@@ -1,21 +1,35 @@
-"""Image shards and a frozen RQ-VAE to a folder of code shards, picking up where an earlier run stopped."""
+"""Image shards and a frozen RQ-VAE to a folder of code shards, picking up where an earlier run stopped.
 
-from collections.abc import Callable, Iterator, Sequence
+    tar --read--> samples --decode (worker processes)--> batches --encode--> blocks --write, hash--> tar
+
+Each arrow works ahead of the next: a batch is decoded while another is encoded and a block is written.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from megarq.data.code_writer import CodeBlock, write_shard
-from megarq.data.image_shards import BadSamples
+from megarq.data.faults import Faults
 from megarq.data.manifest import CodeSettings, Manifest, save_record
+from megarq.data.sources import source_name
 from megarq.data.transforms import find_transform
 from megarq.errors import DataError
-from megarq.inference.pretrained import save_rqvae
-from megarq.pretokenize.encoder import BlockEncoder
-from megarq.pretokenize.work import Work
+from megarq.launch.environment import read_environment
+from megarq.pretokenize.ahead import ahead
+from megarq.pretokenize.crew import Crew
+from megarq.pretokenize.decoder import Decoder, UnreadableShardError
+from megarq.pretokenize.encoder import PRECISIONS, BlockEncoder
+from megarq.pretokenize.progress import Progress
+from megarq.pretokenize.work import Work, count_records
 from megarq.rqvae.model import RQVAE, fingerprint
+
+logger = logging.getLogger(__name__)
 
 
 def code_settings(
@@ -28,9 +42,14 @@ def code_settings(
     seed: int = 0,
     batch_size: int = 64,
     block_size: int = 1024,
+    precision: str = "fp32",
+    compiled: bool = False,
+    caption_field: str | None = None,
 ) -> CodeSettings:
-    """What the shards of this RQ-VAE will hold. Raises: DataError for an unknown transform or a number out of range."""
+    """What the shards of this RQ-VAE will hold. Raises: DataError for an unknown name or a number out of range."""
     find_transform(transform)
+    if precision not in PRECISIONS:
+        raise DataError(f"--precision {precision}: use one of {', '.join(PRECISIONS)}.")
     if draws < 0:
         raise DataError(f"--draws {draws}: use 0 for argmin codes alone, or the number of drawn stacks, such as 8.")
     if temperature <= 0:
@@ -52,6 +71,9 @@ def code_settings(
         seed=seed,
         batch_size=min(batch_size, block_size),
         block_size=block_size,
+        precision=precision,
+        compiled=compiled,
+        caption_field=caption_field,
     )
 
 
@@ -63,49 +85,62 @@ def pretokenize(
     *,
     device: torch.device,
     max_bad_rate: float = 0.01,
+    workers: int = 0,
+    crew: Crew | None = None,
     progress: bool = True,
-) -> Manifest:
+) -> Manifest | None:
     """Make `output`/000000.tar .. from the image shards `sources`, skipping those that are done, then the manifest.
 
-    The RQ-VAE is stored beside them, so that the folder is all that training needs.
-    rqvae: on `device`; put into eval mode. Raises: DataError for torn or missing image shards, too many bad samples, or
-    an output folder of other settings or sources.
+    The RQ-VAE is stored beside them, so that the folder is all that training needs. Other workers may do the same at
+    the same time. None where they will complete the folder: they hold what is left, or rank 0 of our `crew` does.
+    rqvae: on `device`; put into eval mode. workers: processes that decode pictures, 0 for none.
+    Raises: DataError for image shards that cannot be read, once all others are done; for too many bad samples, a full
+    disk, or an output folder of other settings or sources.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    work = Work(output, settings, sources)
-    done = work.done()
-    bad = BadSamples(max_bad_rate)
-    for record in done.values():
-        bad.count_seen(record.samples + record.skipped)
-        bad.bad += record.skipped
-    resumed = bad.seen
-    encoder = BlockEncoder(rqvae.eval(), settings, device)
-    with tqdm(total=len(sources), initial=len(done), unit="shard", desc="pretokenize", disable=not progress) as bar:
+    crew = crew or Crew(read_environment({}))
+    with crew.failing_together():
+        output.mkdir(parents=True, exist_ok=True)
+        work = Work(output, settings, sources)
+        faults = Faults(max_bad_rate)
+        count_records(faults, (done := work.done()).values())
+        shown = Progress(faults, work.count_done, len(sources), quiet=not (progress and crew.environment.rank == 0))
+        encoder = BlockEncoder(rqvae.eval(), settings, device)
+        failures: dict[int, str] = {}
+        with Decoder(settings, workers) as decoder, closing(work.take(crew.number, crew.workers, done)) as shards:
+            for index in shards:
+                try:
+                    make_shard(decoder, encoder, work, index, faults, shown.show)
+                except UnreadableShardError as error:
+                    logger.error("left out for now: %s", error)
+                    failures[index] = str(error)
+        gathered = crew.gather(failures)
+    if gathered is None:
+        return None
+    shown.show(last=True)
+    return work.finish(rqvae, {index: why for part in gathered for index, why in part.items()}, max_bad_rate)
 
-        def show() -> None:
-            speed = (bad.seen - resumed) / max(bar.format_dict["elapsed"], 1e-9)
-            bar.set_postfix_str(f"{speed:.0f} images/s, {bad.bad} bad")
 
-        for index in range(len(sources)):
-            if index not in done:
-                _make_shard(encoder, work, index, bad, show)
-                bar.update()
-    bad.finish()
-    save_rqvae(rqvae, output)
-    return work.finish()
-
-
-def _make_shard(encoder: BlockEncoder, work: Work, index: int, bad: BadSamples, show: Callable[[], None]) -> None:
+def make_shard(
+    decoder: Decoder, encoder: BlockEncoder, work: Work, index: int, faults: Faults, show: Callable[[], None]
+) -> None:
     """Shard `index` and its record; `show` is called after every block."""
-    bad_before = bad.bad
+    source = work.sources[index]
+    skipped, counts = faults.skipped, Counter(faults.counts)
     perplexities: list[tuple[float, ...]] = []
 
-    def blocks() -> Iterator[CodeBlock]:
-        for block, perplexity in encoder.blocks(work.sources[index], bad):
-            perplexities.append(perplexity)
-            yield block
-            show()
+    def encoded() -> Generator[CodeBlock, None, None]:
+        with (
+            closing(ahead(decoder.batches(source, faults), room=2)) as batches,
+            closing(ahead(encoder.blocks(batches), room=2)) as blocks,
+        ):
+            for block, perplexity in blocks:
+                perplexities.append(perplexity)
+                yield block
+                show()
 
-    record = write_shard(work.folder, index, work.settings, Path(work.sources[index]).name, blocks())
+    with closing(encoded()) as blocks:
+        record = write_shard(work.folder, index, work.settings, source_name(source), blocks)
+    found = sorted((faults.counts - counts).items())
     perplexity = perplexities[0] if perplexities else ()
-    save_record(work.folder, work.settings, replace(record, skipped=bad.bad - bad_before, perplexity=perplexity))
+    record = replace(record, skipped=faults.skipped - skipped, faults=dict(found), perplexity=perplexity)
+    save_record(work.folder, work.settings, record)

@@ -1,20 +1,32 @@
-"""Which shards are still to be made in an output folder, and the last step that makes the folder complete.
+"""Which shards are still to be made in an output folder, who makes them, and the last step that completes the folder.
 
 A shard is done when its tar has the size that its record tells; the record is `000003.json` beside the tar while the
-folder is being filled, and an entry of manifest.json afterwards. Workers that make different shards need no other
-agreement, and one that is killed leaves at most a shard without a record, which is made again.
+folder is being filled, and an entry of manifest.json afterwards. A worker makes a shard only while it holds the lock on
+`.000003.tar.lock`. The kernel takes a lock away from a process that dies, on whatever host, so that the next worker to
+come by makes the shard again: nothing is shared between workers but the folder.
 """
 
+import errno
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from megarq.data.code_shards import check_size
+from megarq.data.faults import Faults
 from megarq.data.manifest import MANIFEST, CodeSettings, Manifest, ShardRecord, load_record, record_path
+from megarq.data.sources import source_name
 from megarq.errors import DataError
+from megarq.inference.pretrained import save_rqvae
+from megarq.rqvae.model import RQVAE
 
 logger = logging.getLogger(__name__)
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class Work:
@@ -25,50 +37,117 @@ class Work:
         self.folder = folder
         self.settings = settings
         self.sources = list(sources)
-        self._files = [f"{index:06d}.tar" for index in range(len(sources))]
-        foreign = sorted(path.name for path in folder.glob("*.tar") if path.name not in self._files)
+        self.files = [f"{index:06d}.tar" for index in range(len(sources))]
+        foreign = sorted(path.name for path in folder.glob("*.tar") if path.name not in self.files)
         if foreign:
             raise DataError(
                 f"{folder} holds {foreign[0]}, which none of the {len(sources)} image shards becomes: it was filled "
                 "from another list. Give the same --data as before, or another --output."
             )
-        self._complete = Manifest.load(folder) if (folder / MANIFEST).is_file() else None
+        self._complete = self._load_manifest()
 
     def done(self) -> dict[int, ShardRecord]:
         """The records of the shards that are whole. Raises: DataError for one of other settings or another source."""
         return {index: record for index in range(len(self.sources)) if (record := self._done(index)) is not None}
 
-    def finish(self) -> Manifest:
-        """Write the manifest of the whole folder and remove the records that it replaces.
+    def count_done(self) -> int:
+        """How many shards have a record, whoever made them; cheap."""
+        recorded = set(os.listdir(self.folder))  # noqa: PTH208
+        complete = {shard.file for shard in self._complete.shards} if self._complete else set()
+        return sum(file in complete or record_path(self.folder, file).name in recorded for file in self.files)
 
-        Raises: DataError where a shard is missing, or there is no sample in any.
+    def take(self, number: int, workers: int, but: Iterable[int] = ()) -> Generator[int, None, None]:
+        """Shards for one worker to make, each locked until the next is asked for; close it where it is not exhausted.
+
+        Worker r of n takes shards r, r + n, ... and then what nobody holds, from the ends of the others' shares, which
+        they reach last. At the end every shard is done, taken, or held by another worker; those of `but` are left out.
+        Raises: DataError on a file system without locks.
         """
-        records = self.done()
-        missing = [file for index, file in enumerate(self._files) if index not in records]
-        if missing:
-            raise DataError(
-                f"{self.folder}: {len(missing)} shards are not made yet, the first is {missing[0]}. Run again."
+        waiting = [index for index in self._order(number, workers) if index not in set(but)]
+        while waiting:
+            held = []
+            for index in waiting:
+                with self._lock(self.files[index]) as mine:
+                    if not mine:
+                        held.append(index)
+                    elif self._done(index) is None:  # somebody may have made it while we were busy
+                        yield index
+            if held == waiting:
+                return
+            waiting = held
+
+    def finish(self, rqvae: RQVAE, failures: Mapping[int, str], max_bad_rate: float) -> Manifest | None:
+        """Complete the folder: RQ-VAE, manifest, and nothing left of records, locks and killed runs' half files.
+
+        failures: what went wrong with shards. None where the missing shards are other workers' to make.
+        Raises: DataError where a shard failed and nobody made it since, or too many or all samples are bad.
+        """
+        with self._lock(MANIFEST, wait=True):
+            self._complete = self._load_manifest()
+            records = self.done()
+            lost = {self.sources[index]: why for index, why in sorted(failures.items()) if index not in records}
+            if lost:
+                raise DataError(
+                    f"{len(lost)} of {len(self.sources)} image shards could not be read:\n    "
+                    + "\n    ".join(f"{source}: {why}" for source, why in lost.items())
+                    + "\nRun the same command again once they can: it makes these alone."
+                )
+            if len(records) < len(self.sources):
+                return None
+            faults = Faults(max_bad_rate)
+            count_records(faults, records.values())
+            faults.finish()
+            manifest = Manifest(self.settings, tuple(records[index] for index in range(len(self.sources))))
+            if manifest.samples == 0:
+                raise DataError(
+                    f"no usable picture in {len(self.sources)} image shards, the first being {self.sources[0]!r}. "
+                    "Give tars whose samples have an image member (.jpg .jpeg .png .webp)."
+                )
+            save_rqvae(rqvae, self.folder)
+            manifest.save(self.folder)
+            for file in self.files:
+                record_path(self.folder, file).unlink(missing_ok=True)
+            for ending in ("tmp", "lock"):
+                for path in self.folder.glob(f".*.{ending}"):
+                    path.unlink(missing_ok=True)
+            return manifest
+
+    def _order(self, number: int, workers: int) -> list[int]:
+        """All shards, in the order in which a worker should ask for them."""
+        shares = [range(worker % workers, len(self.sources), workers) for worker in range(number, number + workers)]
+        return [*shares[0], *(index for share in shares[1:] for index in reversed(share))]
+
+    @contextmanager
+    def _lock(self, file: str, wait: bool = False) -> Iterator[bool]:
+        """Whether this worker has `file` to itself while the body runs."""
+        lock = FileLock(self.folder / f".{file}.lock", fallback_to_soft=False)
+        try:
+            lock.acquire(blocking=wait)
+        except Timeout:
+            yield False
+            return
+        except OSError as error:
+            remedy = (
+                "Mount it with locks (Lustre: -o flock), or write to another file system"
+                if error.errno in _NO_LOCKS
+                else "Check the folder's rights and free space"
             )
-        manifest = Manifest(self.settings, tuple(records[index] for index in range(len(self.sources))))
-        if manifest.samples == 0:
-            raise DataError(
-                f"no usable picture in {len(self.sources)} image shards, the first being {self.sources[0]!r}. "
-                "Give tars whose samples have an image member (.jpg .jpeg .png .webp)."
-            )
-        manifest.save(self.folder)
-        for file in self._files:
-            record_path(self.folder, file).unlink(missing_ok=True)
-        return manifest
+            raise DataError(f"{lock.lock_file} cannot be locked ({error}). {remedy}.") from error
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def _load_manifest(self) -> Manifest | None:
+        return Manifest.load(self.folder) if (self.folder / MANIFEST).is_file() else None
 
     def _done(self, index: int) -> ShardRecord | None:
-        found = load_record(self.folder, self._files[index])
-        if found is None and self._complete is not None and index < len(self._complete.shards):
-            found = self._complete.settings, self._complete.shards[index]
+        found = self._find(index)
         if found is None:
             return None
         settings, record = found
         self._check_settings(settings)
-        source = Path(self.sources[index]).name
+        source = source_name(self.sources[index])
         if record.source != source:
             raise DataError(
                 f"{self.folder / record.file} was made from {record.source}, but image shard {index} is now {source}. "
@@ -81,6 +160,20 @@ class Work:
             return None
         return record
 
+    def _find(self, index: int) -> tuple[CodeSettings, ShardRecord] | None:
+        """The record of a shard, beside it or in the manifest, which replaces it at any moment."""
+        try:
+            found = load_record(self.folder, self.files[index])
+        except DataError:
+            if record_path(self.folder, self.files[index]).exists():
+                raise
+            found = None
+        if found is None and self._complete is None:
+            self._complete = self._load_manifest()
+        if found is None and self._complete is not None and index < len(self._complete.shards):
+            found = self._complete.settings, self._complete.shards[index]
+        return found
+
     def _check_settings(self, found: CodeSettings) -> None:
         for field in fields(CodeSettings):
             there, now = getattr(found, field.name), getattr(self.settings, field.name)
@@ -89,3 +182,11 @@ class Work:
                     f"{self.folder} was begun with {field.name}={there}, this command has {field.name}={now}. "
                     "Repeat the first command, or give another --output."
                 )
+
+
+def count_records(faults: Faults, records: Iterable[ShardRecord]) -> None:
+    """Count the samples of finished shards."""
+    for record in records:
+        faults.count_seen(record.samples + record.skipped)
+        faults.skipped += record.skipped
+        faults.counts.update(record.faults)

@@ -149,7 +149,7 @@ def test_a_truncated_image_tar_stops_with_its_name(walk, train_rqvae, pretokeniz
     assert size < (shards / "00001.tar").stat().st_size
     os.truncate(shards / "00001.tar", size)
     for message in (train_rqvae("--data", shards), pretokenize("--data", shards)):
-        assert str(shards / "00001.tar") in message and "Copy or make it again" in message
+        assert str(shards / "00001.tar") in message and "Copy or make them again" in message
 
 
 def test_more_bad_pictures_than_accepted_stop_the_encoding(walk, pretokenize, tmp_path):

@@ -15,7 +15,8 @@ import megarq
 from megarq.checkpoint.run_folder import checkpoint_at
 from megarq.config.load import load_config
 from megarq.data.code_shards import CodeShards
-from megarq.data.image_shards import BadSamples, read_samples
+from megarq.data.faults import Faults
+from megarq.data.image_shards import read_samples
 from megarq.inference.pretrained import load_rqvae
 from megarq.rqvae.model import fingerprint
 from megarq.text.tokenizer import TextTokenizer
@@ -52,9 +53,11 @@ def pixels(picture: Image.Image | Path) -> np.ndarray:
 
 
 def test_image_shards_hold_every_picture_with_its_captions_and_class(walk: Walk):
-    bad = BadSamples(0.0)
+    faults = Faults(0.0)
     samples = {
-        sample.key: sample for shard in range(3) for sample in read_samples(str(walk / f"shards/{shard:05d}.tar"), bad)
+        sample.key: sample
+        for shard in range(3)
+        for sample in read_samples(str(walk / f"shards/{shard:05d}.tar"), faults)
     }
     assert len(samples) == 48
     assert samples["red-disc-0"].captions == ["a red disc", "red disc"] and samples["red-disc-0"].label == 1

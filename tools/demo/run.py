@@ -40,10 +40,7 @@ def walk(output: Path, shuffle_captions: bool) -> dict[str, list[str]]:
     """The commands, in order: name of the step and what is typed."""
     at = {name: str(output / name) for name in ("images", "shards", "codes", "rqvae", "rqtransformer", "model")}
     tokenizer = str(output / "tokenizer.json")
-    bin_folder = Path(sys.executable).parent
-    ranks = torch.cuda.device_count() if torch.cuda.is_available() else 2
-    deepspeed = [str(bin_folder / "deepspeed"), "--quiet", "--num_accelerators", str(min(2, ranks))]
-    shards = [f"{at['shards']}/{part}-*.tar" for part in ("train", "validation")]
+    shards = shard_patterns(output)
 
     def make_shards(part: str) -> list[str]:
         files = ["--images", f"{at['images']}/{part}", "--captions", f"{at['images']}/{part}.csv"]
@@ -60,19 +57,42 @@ def walk(output: Path, shuffle_captions: bool) -> dict[str, list[str]]:
             *["--vocab-size", "128", "--output", tokenizer],
         ],
         "rqvae": [
-            *[*deepspeed, "megarq/train_rqvae.py", "--ds_config", "zero1.json", "--model", "rqvae-demo"],
+            *[*deepspeed(), "megarq/train_rqvae.py", "--ds_config", "zero1.json", "--model", "rqvae-demo"],
             *["--data", shards[0], "--validation-data", shards[1], "--output", at["rqvae"]],
         ],
-        "codes": [
-            *[*python, "tools/pretokenize.py", "--rqvae", at["rqvae"], "--data", *shards, "--output", at["codes"]],
-            *["--transform", "none", "--draws", str(DRAWS), "--temperature", str(TEMPERATURE)],
-        ],
-        "rqtransformer": [
-            *[*deepspeed, "megarq/train.py", "--ds_config", "zero3.json", "--model", "demo", "--data", at["codes"]],
-            *["--tokenizer", tokenizer, "--output", at["rqtransformer"]],
-        ],
-        "export": [*python, "tools/export.py", at["rqtransformer"], "--output", at["model"]],
+        "codes": pretokenize(output, output / "codes", DRAWS, TEMPERATURE),
+        "rqtransformer": train(output, output / "codes", output / "rqtransformer"),
+        "export": export(output / "rqtransformer", output / "model"),
     }
+
+
+def shard_patterns(demo: Path) -> list[str]:
+    """The image shards of both parts."""
+    return [str(demo / "shards" / f"{part}-*.tar") for part in ("train", "validation")]
+
+
+def deepspeed() -> list[str]:
+    """DeepSpeed's launcher on the GPUs of this machine, two at most, or as two CPU processes."""
+    ranks = torch.cuda.device_count() if torch.cuda.is_available() else 2
+    return [str(Path(sys.executable).parent / "deepspeed"), "--quiet", "--num_accelerators", str(min(2, ranks))]
+
+
+def pretokenize(demo: Path, codes: Path, draws: int, temperature: float) -> list[str]:
+    """What is typed to encode the demo's pictures."""
+    files = ["--rqvae", str(demo / "rqvae"), "--data", *shard_patterns(demo), "--output", str(codes)]
+    settings = ["--transform", "none", "--draws", str(draws), "--temperature", str(temperature)]
+    return [sys.executable, "tools/pretokenize.py", *files, *settings]
+
+
+def train(demo: Path, codes: Path, run: Path) -> list[str]:
+    """What is typed to train on codes of the demo's pictures."""
+    files = ["--data", str(codes), "--tokenizer", str(demo / "tokenizer.json"), "--output", str(run)]
+    return [*deepspeed(), "megarq/train.py", "--ds_config", "zero3.json", "--model", "demo", *files]
+
+
+def export(run: Path, model: Path) -> list[str]:
+    """What is typed to export a run."""
+    return [sys.executable, "tools/export.py", str(run), "--output", str(model)]
 
 
 def run_step(number: int, count: int, name: str, command: list[str]) -> float:
@@ -90,6 +110,14 @@ def prompts() -> tuple[list[str], list[int]]:
     """Prompts with digits and wordings in balance, and the digit that each asks for."""
     pairs = [(number % 10, (number // 10 + number) % len(WORDINGS)) for number in range(PICTURES)]
     return [caption(digit, wording) for digit, wording in pairs], [digit for digit, _ in pairs]
+
+
+def draw(generator: ImageGenerator, texts: list[str], seed: int) -> list[Image.Image]:
+    """A picture of each prompt, with the settings that the model states."""
+    images = []
+    for first in tqdm(range(0, len(texts), 50), desc="drawing", unit="batch"):
+        images += generator.generate(prompts=texts[first : first + 50], seed=seed + first)
+    return images
 
 
 def real_pictures() -> dict[str, tuple[Pictures, list[int]]]:
@@ -125,9 +153,7 @@ def judge(output: Path) -> dict[str, object]:
     """Draw pictures from the exported model with the settings it states, and compare them with real digits."""
     generator = ImageGenerator.from_pretrained(output / "model")
     texts, asked = prompts()
-    images = []
-    for first in tqdm(range(0, PICTURES, 50), desc="drawing", unit="batch"):
-        images += generator.generate(prompts=texts[first : first + 50], seed=SEED + first)
+    images = draw(generator, texts, SEED)
     real = real_pictures()
     comparison = compare((grey(images), asked), real["train"], real["validation"])
     classifier = DigitClassifier(*real["train"])

@@ -3,11 +3,12 @@
 import io
 import json
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from flaky_server import FlakyServer
 from PIL import Image
 
 from megarq.data.code_shards import CodeShards
@@ -26,6 +27,14 @@ def _png(number: int, size: int = 8) -> bytes:
 def png() -> Callable[[int], bytes]:
     """A random 8x8 picture of a number."""
     return _png
+
+
+@pytest.fixture
+def server() -> Iterator[FlakyServer]:
+    """An HTTP server on loopback that fails as it is told."""
+    server = FlakyServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture

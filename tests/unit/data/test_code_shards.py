@@ -108,6 +108,26 @@ def test_samples_keep_their_ids_in_a_view(make_codes: MakeCodes) -> None:
     assert view.sample_ids(*every_place(view)).tolist() == [*range(49, 54), *range(37)]
 
 
+def test_samples_left_out_close_ranks_and_keep_the_numbers_of_the_others(make_codes: MakeCodes) -> None:
+    codes = make_codes([[30, 7], [12], [5]]).without([0, 3, 4, *range(30, 37), 48]).without([40, 53])
+    kept = [id for id in range(54) if id not in {0, 3, 4, *range(30, 37), 40, 48, 53}]
+    for view, ids in ((codes, kept), (codes.subset([1, 2]), [id for id in kept if id >= 37])):
+        block, row = every_place(view)
+        assert view.samples == len(ids) and view.sample_ids(block, row).tolist() == ids
+        assert (view.read_codes(block, row, 1)[:, 0, 0, 0] == (np.array(ids) + 10) % 50).all()
+        assert [view.key(*place) for place in zip(block.tolist(), row.tolist(), strict=True)] == [
+            f"key{id}" for id in ids
+        ]
+
+
+def test_a_run_is_the_rows_with_those_left_out_between(make_codes: MakeCodes) -> None:
+    codes = make_codes([[30, 7]]).without([4, 6])
+    out = np.empty((4, 2, 2, 3), np.uint16)
+    codes.read_run(0, 2, 2, out)
+    assert out[:, 0, 0, 0].tolist() == [(id + 20) % 50 for id in (2, 3, 5, 7)]
+    assert codes.text_run("keys", 0, 2, 4) == ["key2", "key3", "key5", "key7"]
+
+
 def test_no_validation_shards_leave_everything_for_training(make_codes: MakeCodes) -> None:
     codes = make_codes([[3], [2]])
     assert codes.split(0) == (codes, None)
@@ -148,30 +168,25 @@ def test_a_missing_shard_is_named(make_codes: MakeCodes) -> None:
     codes = make_codes([[3], [2]])
     (codes.folder / "000001.tar").unlink()
     with pytest.raises(DataError, match=r"missing code shard .*000001\.tar"):
-        CodeShards.open(codes.folder)
+        CodeShards.open(codes.folder).check_files()
 
 
-def test_a_truncated_shard_is_named(make_codes: MakeCodes) -> None:
+@pytest.mark.parametrize("use", [CodeShards.check_files, lambda codes: codes.key(1, 0)], ids=["check", "read"])
+def test_a_truncated_shard_is_named(make_codes: MakeCodes, use: Callable[[CodeShards], object]) -> None:
     codes = make_codes([[3], [2]])
     with (codes.folder / "000001.tar").open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(DataError, match=r"000001\.tar has 1000 bytes, the manifest says \d+: it is truncated"):
-        CodeShards.open(codes.folder)
+        use(CodeShards.open(codes.folder))
 
 
 def test_a_shard_cut_while_open_is_an_error(make_codes: MakeCodes) -> None:
     codes = make_codes([[3]])
+    codes.key(0, 0)
     with (codes.folder / "000000.tar").open("r+b") as file:
         file.truncate(600)
     with pytest.raises(DataError, match="truncated"):
         codes.read_codes(np.array([0]), np.array([0]))
-
-
-def test_a_shard_removed_while_open_is_an_error(make_codes: MakeCodes) -> None:
-    codes = make_codes([[3]])
-    (codes.folder / "000000.tar").unlink()
-    with pytest.raises(DataError, match="Check that it is still there"):
-        codes.key(0, 0)
 
 
 def test_damaged_captions_are_an_error(make_codes: MakeCodes) -> None:

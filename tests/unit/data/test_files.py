@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from megarq.data.files import data_file, expand_shards
@@ -43,10 +44,28 @@ def test_a_missing_shard_of_a_range_is_named(folder: Path) -> None:
         expand_shards(f"{folder}/{{00000..00003}}.tar")
 
 
+def test_what_img2dataset_puts_beside_the_tars_is_no_shard(folder: Path) -> None:
+    for name in ("00000.parquet", "00000_stats.json"):
+        (folder / name).touch()
+    assert len(expand_shards(f"{folder}/*")) == 3
+
+
+def test_addresses_and_commands_are_expanded() -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe({f"/set/{name}": b"" for name in ("1.tar", "0.tar", "0.parquet")})
+    listed = ["memory:///set/0.tar", "memory:///set/1.tar"]
+    assert expand_shards("memory://set/") == expand_shards("memory://set/*") == listed
+    assert expand_shards("s3://b/{00..01}.tar") == ["s3://b/00.tar", "s3://b/01.tar"]
+    assert expand_shards("https://h/a.tar?list=*,b") == ["https://h/a.tar?list=*,b"]
+    command = "pipe:aws s3 cp s3://b/{0..1}.tar - | awk -F, '{print}' *"
+    assert expand_shards(command) == [command.replace("{0..1}", number) for number in "01"]
+
+
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        ("nowhere/*.tar", "no shard matches 'nowhere/\\*.tar'"),
+        ("nowhere/*.tar", "no .tar file matches 'nowhere/\\*.tar'"),
+        ("memory://none/*.tar", "missing shard 'memory://none/\\*.tar'"),
         ([], "no shards given"),
         ("a{0..3.tar", "unbalanced braces"),
     ],

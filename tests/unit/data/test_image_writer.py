@@ -1,14 +1,16 @@
-"""From folders and tables to tars, through the command line, and back through the reader."""
+"""From pictures to tars through the command line, and back through the reader; reruns, faults and workers."""
 
 import importlib.util
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from megarq.data.faults import Faults
 from megarq.data.files import expand_shards
-from megarq.data.image_shards import BadSamples, ImageSample, read_samples
+from megarq.data.image_shards import ImageSample, read_samples
 from megarq.errors import DataError
 
 ROOT = Path(__file__).parents[3]
@@ -39,49 +41,38 @@ def photos(tmp_path: Path, png: Callable[[int], bytes]) -> Path:
 def make(tool: ModuleType, photos: Path, tmp_path: Path) -> Callable[..., dict[str, ImageSample]]:
     """Run the tool and read its shards: samples by key."""
 
-    def run(*options: str, output: str = "shards") -> dict[str, ImageSample]:
-        tool.main(["--images", str(photos), "--output", str(tmp_path / output), *options])
-        shards = expand_shards(str(tmp_path / output))
-        return {sample.key: sample for shard in shards for sample in read_samples(shard, BadSamples())}
+    def run(*options: str, images: Path = photos, output: str = "shards") -> dict[str, ImageSample]:
+        source = [] if "--shards" in options else ["--images", str(images)]
+        tool.main([*source, "--output", str(tmp_path / output), "--workers", "0", *options])
+        faults = Faults()
+        return {s.key: s for shard in expand_shards(str(tmp_path / output)) for s in read_samples(shard, faults)}
 
     return run
 
 
-def table(tmp_path: Path, text: str, name: str = "captions.csv") -> str:
-    path = tmp_path / name
-    path.write_text(text)
-    return str(path)
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_folder_comes_back_with_the_captions_beside_it(make: Callable, photos: Path) -> None:
-    samples = make()
+def test_a_folder_comes_back_with_its_bytes_captions_and_classes(make: Callable, photos: Path) -> None:
+    samples = make("--class-folders")
     assert set(samples) == {"cat_a", "cat_b_v2", "dog_c", "dog_d", "dog_e"}
     assert samples["cat_a"].captions == ["a cat"] and samples["dog_d"].captions == []
+    assert [samples[key].label for key in ("cat_b_v2", "dog_e")] == [0, 1]
     assert samples["dog_c"].image == (photos / "dog" / "c.PNG").read_bytes()
 
 
-def test_rows_of_one_image_are_its_captions(make: Callable, tmp_path: Path) -> None:
-    rows = 'image,caption,label\ncat/a.png,"a cat, sitting",0\ndog/c.PNG,dog,1\ncat/a.png,Katze ü,0\n'
-    samples = make("--captions", table(tmp_path, rows))
-    assert samples["cat_a"].captions == ["a cat, sitting", "Katze ü"] and samples["cat_a"].label == 0
-    assert samples["dog_c"].captions == ["dog"] and set(samples) == {"cat_a", "dog_c"}
-
-
-def test_tsv_is_split_at_tabs(make: Callable, tmp_path: Path) -> None:
-    samples = make("--captions", table(tmp_path, "caption\timage\na cat, sitting\tcat/a.png\n", "c.tsv"))
-    assert samples["cat_a"].captions == ["a cat, sitting"] and samples["cat_a"].label is None
-
-
-def test_class_folders_are_numbered_in_order(make: Callable) -> None:
-    labels = {key: sample.label for key, sample in make("--class-folders").items()}
-    assert labels == {"cat_a": 0, "cat_b_v2": 0, "dog_c": 1, "dog_d": 1, "dog_e": 1}
+def test_several_captions_come_back_in_order(make: Callable, tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text('image,caption\ncat/a.png,"a cat, sitting"\ndog/c.PNG,dog\ncat/a.png,Katze ü\n')
+    samples = make("--captions", str(tmp_path / "c.csv"))
+    assert samples["cat_a"].captions == ["a cat, sitting", "Katze ü"] and samples["dog_c"].captions == ["dog"]
 
 
 def test_shards_have_the_size_and_name_asked_for(make: Callable, tmp_path: Path) -> None:
     make("--samples-per-shard", "2", "--prefix", "train-")
-    shards = sorted((tmp_path / "shards").iterdir())
+    shards = sorted((tmp_path / "shards").glob("*.tar"))
     assert [shard.name for shard in shards] == [f"train-0000{number}.tar" for number in range(3)]
-    assert [len(list(read_samples(str(shard), BadSamples()))) for shard in shards] == [2, 2, 1]
+    assert [len(list(read_samples(str(shard), Faults()))) for shard in shards] == [2, 2, 1]
 
 
 def test_images_are_shuffled_unless_told_otherwise(make: Callable) -> None:
@@ -89,90 +80,91 @@ def test_images_are_shuffled_unless_told_otherwise(make: Callable) -> None:
     assert shuffled != kept == sorted(kept)
 
 
-def test_a_rerun_writes_the_same_bytes(make: Callable, tmp_path: Path) -> None:
-    make("--samples-per-shard", "3")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir()}
-    make("--samples-per-shard", "3")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir()} == before
-
-
-def test_missing_images_are_named_and_stop_above_the_rate(
-    make: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    captions = table(tmp_path, "image,caption\ncat/a.png,a\ncat/gone.png,b\n")
-    with pytest.raises(DataError, match="1 bad samples of 2 seen"):
-        make("--captions", captions)
-    assert "line 3" in caplog.text and "gone.png" in caplog.text
-    assert set(make("--captions", captions, "--max-bad-rate", "0.5")) == {"cat_a"}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("file,text\na,b\n", "no column 'image'; its first line names file, text"),
-        ("", "first line names nothing"),
-        ('image,caption\n"cat/a.png,x\n', "cannot be read as a UTF-8 table"),
-        ("image,caption\nnone.png,x\n", "names no image that exists"),
-        ("image,caption,label\ncat/a.png,x,cat\n", "line 2: label 'cat' is no class number"),
-    ],
-)
-def test_bad_tables_are_refused(make: Callable, tmp_path: Path, content: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        make("--captions", table(tmp_path, content))
-
-
-def test_a_table_that_is_not_text_is_refused(make: Callable, tmp_path: Path) -> None:
-    (tmp_path / "c.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="cannot be read as a UTF-8 table"):
-        make("--captions", str(tmp_path / "c.csv"))
-
-
-def test_a_missing_table_is_refused(make: Callable, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="Check --captions"):
-        make("--captions", str(tmp_path / "none.csv"))
-
-
-def test_a_caption_file_that_is_not_text_is_refused(make: Callable, photos: Path) -> None:
-    (photos / "cat" / "a.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match=r"a\.txt is not UTF-8"):
-        make()
-
-
-def test_two_images_of_one_key_are_refused(make: Callable, photos: Path, png: Callable[[int], bytes]) -> None:
-    (photos / "cat" / "a.jpg").write_bytes(png(9))
-    with pytest.raises(DataError, match="have the same key 'cat_a'"):
-        make()
-
-
-def test_an_image_outside_the_class_folders_is_refused(make: Callable, photos: Path) -> None:
-    (photos / "x.png").write_bytes(b"")
-    with pytest.raises(DataError, match="lies in no class folder"):
-        make("--class-folders")
-
-
-def test_shards_of_another_list_are_not_mixed_in(make: Callable) -> None:
+def test_the_bytes_do_not_depend_on_workers_nor_on_folder_or_zip(make: Callable, photos: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in photos.rglob("*.*"):
+            archive.write(path, path.relative_to(tmp_path))
     make("--samples-per-shard", "2")
-    with pytest.raises(DataError, match=r"already holds 00001\.tar"):
-        make("--samples-per-shard", "5")
+    make("--samples-per-shard", "2", "--workers", "2", images=tmp_path / "photos.zip", output="zip")
+    assert contents(tmp_path / "zip") == contents(tmp_path / "shards")
+
+
+def test_tars_are_packed_anew_and_back(make: Callable, tmp_path: Path) -> None:
+    samples = make("--class-folders", "--samples-per-shard", "2")
+    again = make("--shards", str(tmp_path / "shards"), "--seed", "1", "--workers", "2", output="again")
+    assert [sample.__dict__ | {"shard": ""} for sample in samples.values()] != [
+        sample.__dict__ | {"shard": ""} for sample in again.values()
+    ]
+    for key, sample in samples.items():
+        assert again[key].__dict__ | {"shard": ""} == sample.__dict__ | {"shard": ""}
+    assert len(contents(tmp_path / "again")) == 2
+
+
+def test_a_rerun_makes_only_what_is_missing(make: Callable, tmp_path: Path) -> None:
+    make("--samples-per-shard", "2")
+    before, folder = contents(tmp_path / "shards"), tmp_path / "shards"
+    kept = (folder / "00000.tar").stat().st_ino
+    (folder / "00001.tar").unlink()
+    (folder / ".00001.tar.pending").write_bytes(b"half")
+    make("--samples-per-shard", "2")
+    assert contents(folder) == before and (folder / "00000.tar").stat().st_ino == kept
+
+
+@pytest.mark.parametrize("options", [["--samples-per-shard", "5"], ["--seed", "1"], ["--class-folders"]])
+def test_shards_of_another_list_are_not_mixed_in(make: Callable, tmp_path: Path, options: list[str]) -> None:
+    make("--samples-per-shard", "2")
+    before = contents(tmp_path / "shards")
+    with pytest.raises(DataError, match=r"already holds 00000\.tar of another list"):
+        make("--samples-per-shard", "2", *options)
+    assert contents(tmp_path / "shards") == before
+
+
+def test_a_shard_that_lacks_a_picture_takes_its_name_only_once_that_is_accepted(
+    make: Callable, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = {"shards.json", "00000.tar", "00001.tar"}
+    (photos / "dog" / "d.png").unlink()
+    (photos / "dog" / "d.png").symlink_to("gone")
+    with pytest.raises(DataError, match="1 bad samples of 5 seen"):
+        make("--samples-per-shard", "3")
+    names = {path.name for path in (tmp_path / "shards").iterdir()}
+    assert len(names & whole) == 2, "one of the two shards is whole"
+    assert "skipped dog_d in 0000" in caplog.text and "missing file" in caplog.text
+    assert len(make("--samples-per-shard", "3", "--max-bad-rate", "0.2")) == 4
+    assert {path.name for path in (tmp_path / "shards").iterdir()} == whole
+
+
+def test_a_damaged_file_of_a_zip_is_a_fault(make: Callable, photos: Path, tmp_path: Path) -> None:
+    picture = (photos / "dog" / "d.png").read_bytes()
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.write(photos / "cat" / "a.png", "a.png")
+        archive.writestr("d.png", picture)
+    damaged = (tmp_path / "photos.zip").read_bytes().replace(picture, picture[:-1] + b"?")
+    (tmp_path / "photos.zip").write_bytes(damaged)
+    with pytest.raises(DataError, match="1 unreadable image.*d in 00000.tar.*Bad CRC"):
+        make(images=tmp_path / "photos.zip")
+
+
+def test_faults_are_told_at_the_end(make: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.csv").write_text("image,caption\ncat/a.png,a\ncat/gone.png,b\n")
+    make("--captions", str(tmp_path / "c.csv"), "--max-bad-rate", "0.5")
+    assert "1 x missing file" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--samples-per-shard", "0"], "--samples-per-shard 0"),
-        (["--captions", "x.csv", "--class-folders"], "--captions with --class-folders"),
+        (["--shards", "x.tar", "--class-folders"], "go with --images, not with --shards"),
     ],
 )
-def test_wrong_options_are_refused(make: Callable, options: list[str], message: str) -> None:
+def test_wrong_options_are_refused(make: Callable, tmp_path: Path, options: list[str], message: str) -> None:
     with pytest.raises(DataError, match=message):
         make(*options)
 
 
-def test_a_folder_without_images_is_refused(tool: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no images below"):
-        tool.main(["--images", str(tmp_path), "--output", str(tmp_path / "out")])
-
-
-def test_a_missing_image_folder_is_refused(tool: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is no folder"):
-        tool.main(["--images", str(tmp_path / "none"), "--output", str(tmp_path / "out")])
+def test_a_damaged_record_is_named(make: Callable, tmp_path: Path) -> None:
+    make()
+    (tmp_path / "shards" / "shards.json").write_text("{")
+    with pytest.raises(DataError, match=r"shards\.json is no JSON"):
+        make()

@@ -11,7 +11,8 @@ import torch
 
 from megarq.data.code_shards import CodeShards
 from megarq.data.loader import CodeBatch, CodeLoader, validation_batches
-from megarq.data.order import LoaderState, sample_hash
+from megarq.data.mixture import Mixture
+from megarq.data.order import LoaderState, hash_array
 from megarq.errors import DataError
 
 MakeCodes = Callable[..., CodeShards]
@@ -24,7 +25,11 @@ def encode_caption(caption: str, seed: int | None) -> list[int]:
     return [digits, int("zweite" in caption), -1 if seed is None else seed % 2**20]
 
 
-def loader(codes: CodeShards, **changes: object) -> CodeLoader:
+def mixed(codes: CodeShards | Mixture) -> Mixture:
+    return codes if isinstance(codes, Mixture) else Mixture([codes])
+
+
+def loader(codes: CodeShards | Mixture, **changes: object) -> CodeLoader:
     options: dict[str, object] = {
         "caption_encoder": encode_caption,
         "cond_length": 3,
@@ -32,21 +37,26 @@ def loader(codes: CodeShards, **changes: object) -> CodeLoader:
         "global_batch_size": BATCH,
         "seed": 5,
     }
-    return CodeLoader(codes, **(options | changes))  # type: ignore[arg-type]
+    return CodeLoader(mixed(codes), **(options | changes))  # type: ignore[arg-type]
 
 
-def take(codes: CodeShards, count: int, **changes: object) -> list[CodeBatch]:
+def take(codes: CodeShards | Mixture, count: int, **changes: object) -> list[CodeBatch]:
     return list(islice(loader(codes, **changes), count))
 
 
 def rows(batch: CodeBatch) -> list[tuple[object, ...]]:
     """Everything about each sample of a batch, in order of the samples."""
-    fields = (batch.sample_ids, batch.epochs, batch.codes.flatten(1), batch.cond, batch.weights)
-    return sorted(tuple(str(field[i].tolist()) for field in fields) for i in range(len(batch.sample_ids)))
+    fields = (batch.sample_ids, batch.epochs, batch.codes, batch.cond, batch.weights)
+    return sorted(map(tuple, torch.cat([field.reshape(len(field), -1).long() for field in fields], 1).tolist()))
 
 
 def is_equal(a: CodeBatch, b: CodeBatch) -> bool:
     return torch.equal(a.sample_ids, b.sample_ids) and rows(a) == rows(b) and a.state == b.state
+
+
+def collect(shares: list[list[CodeBatch]], step: int) -> list[tuple[object, ...]]:
+    """The global batch of a step, put together from all ranks."""
+    return sorted(row for share in shares for row in rows(share[step]))
 
 
 @pytest.fixture
@@ -55,27 +65,67 @@ def codes(make_codes: MakeCodes) -> CodeShards:
     return make_codes([[300, 20], [280], [300, 200]])
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
-def test_ranks_together_see_the_global_batches(codes: CodeShards, world_size: int) -> None:
-    whole = take(codes, 50)
-    shares = [take(codes, 50, rank=rank, world_size=world_size) for rank in range(world_size)]
-    for batch, *parts in zip(whole, *shares, strict=True):
-        assert all(len(part.sample_ids) == BATCH // world_size and part.state == batch.state for part in parts)
-        assert sorted(row for part in parts for row in rows(part)) == rows(batch)
+@pytest.fixture
+def mixture(codes: CodeShards, make_codes: MakeCodes) -> Mixture:
+    """Two folders with samples left out of the first, 1,080 samples once, and 700 half: 1,430 in an epoch."""
+    return Mixture([codes.without(range(290, 310)), make_codes([[400, 300]], name="more", draws=3)], [1, 0.5])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(codes: CodeShards, workers: int) -> None:
-    assert all(is_equal(a, b) for a, b in zip(take(codes, 6), take(codes, 6, workers=workers), strict=True))
+@pytest.mark.parametrize(("kind", "world_size"), [*(("codes", n) for n in (2, 3, 4, 8)), ("mixture", 3)])
+def test_ranks_together_see_the_global_batches(kind: str, world_size: int, request: pytest.FixtureRequest) -> None:
+    data = request.getfixturevalue(kind)
+    steps = 48 if kind == "codes" else 61  # beyond the seam
+    whole = take(data, steps)
+    shares = [take(data, steps, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for step, batch in enumerate(whole):
+        assert all(len(share[step].sample_ids) == BATCH // world_size for share in shares)
+        assert all(share[step].state == batch.state for share in shares)
+        assert collect(shares, step) == rows(batch)
 
 
-def test_resuming_at_random_steps_on_another_number_of_ranks_goes_on_exactly(codes: CodeShards) -> None:
-    whole = take(codes, 100)
-    for step in np.random.default_rng(0).integers(1, 98, 20).tolist():
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_change_nothing(mixture: Mixture, workers: int) -> None:
+    assert all(is_equal(a, b) for a, b in zip(take(mixture, 61), take(mixture, 61, workers=workers), strict=True))
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(3, 0), (2, 1), pytest.param(8, 4, marks=pytest.mark.full)])
+def test_resuming_at_random_steps_on_another_number_of_ranks_and_workers_goes_on_exactly(
+    mixture: Mixture, world_size: int, workers: int
+) -> None:
+    whole = take(mixture, 100)
+    for step in np.random.default_rng(0).integers(1, 98, 20 if workers == 0 else 2).tolist():
         state = whole[step - 1].state
-        parts = [take(codes, 2, start=state, rank=rank, world_size=3) for rank in range(3)]
-        for ahead in range(2):
-            assert sorted(row for part in parts for row in rows(part[ahead])) == rows(whole[step + ahead])
+        options = {"start": state, "world_size": world_size, "workers": workers}
+        shares = [take(mixture, 2, rank=rank, **options) for rank in range(world_size)]
+        assert all(collect(shares, ahead) == rows(whole[step + ahead]) for ahead in range(2))
+
+
+def test_an_epoch_of_interruptions_loses_and_repeats_no_sample(mixture: Mixture) -> None:
+    """Twenty restarts, each on another number of ranks, the last of them behind the seam."""
+    state, seen, worlds = LoaderState(), [], [1, 2, 3, 4, 8]
+    for turn in range(21):
+        world_size = worlds[turn % len(worlds)]
+        shares = [take(mixture, 3, rank=rank, world_size=world_size, start=state) for rank in range(world_size)]
+        seen += [row for step in range(3) for row in collect(shares, step)]
+        state = shares[0][-1].state
+    assert state == LoaderState(1, 63 * BATCH - 1430)
+    assert seen == [row for batch in take(mixture, 63) for row in rows(batch)]
+    first_pass = [id for id, epoch, *_ in seen if id < 1100 and epoch == 0]
+    assert sorted(first_pass) == sorted(set(range(1100)) - set(range(290, 310)))
+
+
+def test_a_byte_of_codes_is_read_once_in_an_epoch(codes: CodeShards, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[int, int]] = []
+    read_run = CodeShards.read_run
+
+    def counted(self: CodeShards, block: int, first: int, draw: int, out: np.ndarray) -> None:
+        read.extend((block, first + row) for row in range(len(out)))
+        read_run(self, block, first, draw, out)
+
+    monkeypatch.setattr(CodeShards, "read_run", counted)
+    for rank in range(2):
+        take(codes, 50, rank=rank, world_size=2, global_batch_size=22)
+    assert len(read) == len(set(read)) == 1100
 
 
 def test_each_epoch_has_each_sample_once(codes: CodeShards) -> None:
@@ -103,13 +153,23 @@ def test_codes_captions_and_ids_belong_together(codes: CodeShards) -> None:
 
 
 def test_draws_take_turns_by_hash_and_epoch(make_codes: MakeCodes) -> None:
-    codes = make_codes([[40]], draws=3)
-    batches = take(codes, 4, global_batch_size=40)
+    codes = make_codes([[20, 20], [20, 20]], draws=3)
+    batches = take(codes, 4, global_batch_size=80)
     for epoch, batch in enumerate(batches):
-        ids = batch.sample_ids
-        expected = 1 + (sample_hash(5, ids.numpy()) % np.uint64(3) + np.uint64(epoch)) % np.uint64(3)
-        draw = (batch.codes[:, 0, 0, 0] - ids) % 50 // 10
+        blocks = batch.sample_ids.numpy() // 20
+        expected = 1 + (hash_array(blocks, 5) % np.uint64(3) + np.uint64(epoch)) % np.uint64(3)
+        draw = (batch.codes[:, 0, 0, 0] - batch.sample_ids) % 50 // 10
         assert draw.tolist() == expected.tolist()
+
+
+def test_holding_out_shards_does_not_move_the_draws_of_the_others(make_codes: MakeCodes) -> None:
+    """Each shard alone shows the draws that it shows in the whole folder."""
+    codes = make_codes([[20], [20], [20], [20]], draws=3)
+    batches = take(codes, 2, global_batch_size=40)
+    shown = {int(id): row for batch in batches for id, row in zip(batch.sample_ids, batch.codes, strict=True)}
+    for shard in range(4):
+        (batch,) = take(codes.subset([shard]), 1, global_batch_size=20)
+        assert all(torch.equal(shown[int(id)], row) for id, row in zip(batch.sample_ids, batch.codes, strict=True))
 
 
 def test_all_captions_of_a_sample_take_turns(make_codes: MakeCodes) -> None:
@@ -194,14 +254,14 @@ def test_a_worker_passes_its_error_on_unchanged(codes: CodeShards) -> None:
         take(codes, 1, caption_encoder=refuse, workers=1)
 
 
-def validate(codes: CodeShards, **changes: object) -> list[CodeBatch]:
+def validate(codes: CodeShards | Mixture, **changes: object) -> list[CodeBatch]:
     options: dict[str, object] = {
         "caption_encoder": encode_caption,
         "cond_length": 3,
         "condition": "text",
         "global_batch_size": BATCH,
     }
-    return list(validation_batches(codes, **(options | changes)))  # type: ignore[arg-type]
+    return list(validation_batches(mixed(codes), **(options | changes)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -72,6 +72,18 @@ def test_a_lane_is_read_window_by_window() -> None:
     assert sorted(first_window) == list(range(1024, 1280)) and list(first_window) != sorted(first_window)
 
 
+@pytest.mark.parametrize("sizes", LAYOUTS)
+def test_the_runs_of_a_window_are_its_rows_in_order(sizes: list[int]) -> None:
+    order = SampleOrder(sizes, seed=3, window=100, max_lanes=5)
+    picks = order.picks(order.samples, order.samples)
+    for lane, window in np.unique(np.stack([picks.lane, picks.window]), axis=1).T.tolist():
+        ours = picks.at((picks.lane == lane) & (picks.window == window))
+        expected = [(block, first + i) for block, first, rows in order.runs(1, lane, window) for i in range(rows)]
+        by_place = np.argsort(ours.place)
+        assert ours.place[by_place].tolist() == list(range(len(expected)))
+        assert list(zip(ours.block[by_place].tolist(), ours.row[by_place].tolist(), strict=True)) == expected
+
+
 def test_neighbours_of_a_small_set_are_scattered() -> None:
     sizes = [1024]
     stream = ids(SampleOrder(sizes, seed=0), sizes, 0, 1024)

@@ -1,0 +1,150 @@
+"""What may be wrong with image shards or befall a run, provoked for real: counted, named, nothing lost or doubled."""
+
+import os
+import resource
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from captioned_tars import contents, picture, write_tar
+
+from megarq.data.code_shards import CodeShards
+from megarq.data.faults import Faults
+from megarq.data.files import expand_shards
+from megarq.data.manifest import CodeSettings, Manifest
+from megarq.errors import DataError
+from megarq.pretokenize.decoder import Decoder
+
+Run = Callable[..., Manifest]
+
+
+def keys(folder: Path) -> list[str]:
+    codes = CodeShards.open(folder)
+    return [codes.key(block, row) for block, size in enumerate(codes.block_sizes) for row in range(size)]
+
+
+def numbered(*numbers: int) -> list[str]:
+    return [f"k{number}" for number in numbers]
+
+
+def test_an_unreadable_picture_is_skipped_counted_and_named(
+    run: Run, sources: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tar(Path(sources[1]), {"broken.jpg": b"no picture", "broken.txt": b"a picture"}, mode="a")
+    with pytest.raises(DataError, match="1 bad samples of 22 seen"):
+        run()
+    manifest = run(max_bad_rate=0.1)
+    assert [shard.skipped for shard in manifest.shards] == [0, 1, 0]
+    assert [shard.faults for shard in manifest.shards] == [{}, {"unreadable image": 1}, {}]
+    assert keys(tmp_path / "codes") == numbered(*range(21))
+    assert f"skipped broken in {sources[1]}: unreadable image" in caplog.text
+
+
+def test_a_truncated_shard_keeps_its_whole_samples(run: Run, sources: list[str], tmp_path: Path) -> None:
+    data = Path(sources[0]).read_bytes()
+    Path(sources[0]).write_bytes(data[: len(data) // 2])
+    manifest = run(max_bad_rate=0.2)
+    kept = manifest.shards[0].samples
+    assert manifest.faults == {"truncated shard": 1} and 0 < kept < 11
+    assert keys(tmp_path / "codes") == numbered(*range(kept), *range(11, 21))
+
+
+def test_a_sample_without_caption_is_used_and_counted(run: Run, sources: list[str], tmp_path: Path) -> None:
+    write_tar(Path(sources[1]), {"bare.png": picture(99)}, mode="a")
+    manifest = run()
+    assert (manifest.shards[1].samples, manifest.shards[1].captioned) == (5, 4)
+    assert manifest.faults == {"no caption": 1} and manifest.shards[1].skipped == 0
+
+
+def test_the_second_sample_of_a_key_is_skipped(run: Run, sources: list[str], tmp_path: Path) -> None:
+    write_tar(Path(sources[1]), {"k11.png": picture(99), "k11.txt": b"another"}, mode="a")
+    assert run(max_bad_rate=0.1).faults == {"duplicate key": 1}
+    assert keys(tmp_path / "codes") == numbered(*range(21))
+
+
+def test_a_shard_listed_twice_is_read_once(run: Run, sources: list[str], tmp_path: Path) -> None:
+    run(given=expand_shards([*sources, sources[1]]))
+    assert keys(tmp_path / "codes") == numbered(*range(21))
+
+
+def test_an_image_shard_without_samples_becomes_an_empty_shard(run: Run, sources: list[str], tmp_path: Path) -> None:
+    write_tar(Path(sources[1]), {})
+    manifest = run()
+    assert [shard.samples for shard in manifest.shards] == [11, 0, 6] and manifest.faults == {"empty shard": 1}
+    assert CodeShards.open(tmp_path / "codes").key(3, 0) == "k15"
+
+
+def test_sources_without_any_sample_are_refused(run: Run, tmp_path: Path) -> None:
+    write_tar(tmp_path / "empty.tar", {})
+    with pytest.raises(DataError, match="no usable picture in 1 image shards"):
+        run(given=[str(tmp_path / "empty.tar")])
+
+
+def test_a_shard_that_cannot_be_read_stops_no_other(run: Run, sources: list[str], tmp_path: Path) -> None:
+    run("whole")
+    away = Path(sources[0]).rename(tmp_path / "away")
+    with pytest.raises(DataError, match=r"1 of 3 image shards could not be read:\n    .*00000\.tar: missing shard"):
+        run()
+    assert {"000001.tar", "000002.tar"} < set(contents(tmp_path / "codes"))
+    made = (tmp_path / "codes" / "000001.tar").stat().st_mtime_ns
+    away.rename(sources[0])
+    run()
+    assert contents(tmp_path / "codes") == contents(tmp_path / "whole")
+    assert (tmp_path / "codes" / "000001.tar").stat().st_mtime_ns == made
+
+
+@contextmanager
+def little_space(folder: Path, size: int) -> Iterator[None]:
+    """A full disk at `folder`: a small one of its own where we may mount it, else a limit on the size of files."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0:
+        try:
+            yield
+            subprocess.run(["mount", "-o", "remount,size=16m", str(folder)], check=True)
+        except BaseException:
+            subprocess.run(["umount", str(folder)], check=True)
+            raise
+    else:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 4, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_stops_the_run_and_a_rerun_finishes_it(
+    run: Run, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    run("whole")
+    whole, codes = contents(tmp_path / "whole"), tmp_path / "codes"
+    request.addfinalizer(lambda: subprocess.run(["umount", str(codes)], capture_output=True))
+    with little_space(codes, size=32 * 1024):
+        with pytest.raises(DataError, match=r"cannot be written \(.*\)\. Free space or choose another output folder"):
+            run()
+        tars = {name: data for name, data in contents(codes).items() if not name.startswith(".") and ".tar" in name}
+        assert tars.items() < whole.items()
+    run()
+    assert contents(codes) == whole
+
+
+def test_a_dead_worker_process_is_reported(settings: CodeSettings, sources: list[str]) -> None:
+    with Decoder(settings, workers=1) as decoder:
+        batches = decoder.batches(sources[0], Faults())
+        next(batches)
+        assert decoder._pool is not None
+        for pid in decoder._pool._processes:
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(DataError, match="a decoding process was killed or crashed"):
+            for source in sources * 2:
+                list(decoder.batches(source, Faults()))
+
+
+def test_bytes_and_faults_do_not_depend_on_worker_processes(run: Run, sources: list[str], tmp_path: Path) -> None:
+    write_tar(Path(sources[0]), {"broken.jpg": b"no picture", "bare.png": picture(98)}, mode="a")
+    assert run("0", max_bad_rate=0.1).faults == run("2", max_bad_rate=0.1, workers=2).faults
+    assert contents(tmp_path / "0") == contents(tmp_path / "2")
