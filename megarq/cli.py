@@ -2,15 +2,17 @@
 
 import argparse
 import os
+import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from megarq.errors import ConfigError, MegarqError
 from megarq.launch.environment import read_environment
 
 SECONDS_FOR_RANK_ZERO = 5
+OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 
 
 def run(main: Callable[[], None]) -> int:
@@ -57,6 +59,16 @@ def training_parser(description: str | None, ds_config: str) -> argparse.Argumen
     return parser
 
 
+def parse_training(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a training command; options that take several values leave the key=value after them to `overrides`."""
+    args = parser.parse_intermixed_args(argv)
+    for name, given in vars(args).items():
+        if isinstance(given, list) and name != "overrides":
+            setattr(args, name, [value for value in given if not OVERRIDE.match(value)])
+            args.overrides += [value for value in given if OVERRIDE.match(value)]
+    return args
+
+
 def require(args: argparse.Namespace, **examples: str) -> None:
     """Raise ConfigError with the complete command to type where one of these options is missing."""
     missing = [f"--{name}" for name in examples if not getattr(args, name)]
@@ -66,9 +78,9 @@ def require(args: argparse.Namespace, **examples: str) -> None:
             examples["tokenizer"] = "tokenizer.json"
         if args.validation_data:
             examples["validation-data"] = _as_typed(args.validation_data)
-        options = [f"--{name} {_given(args, name) or example}" for name, example in examples.items()]
         if getattr(args, "exclude_keys", None):
             examples["exclude-keys"] = _as_typed(args.exclude_keys)
+        options = [f"--{name} {_given(args, name) or example}" for name, example in examples.items()]
         overrides = _as_typed(args.overrides) or "[key=value ...]"
         command = " ".join([f"deepspeed megarq/{script} --ds_config {args.ds_config}", *options, overrides])
         raise ConfigError(f"{', '.join(missing)} missing. The complete command:\n    {command}")

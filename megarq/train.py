@@ -23,7 +23,7 @@ from megarq.planning.flops import layer_flops, training_flops
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build, run."""
-    args = parser().parse_intermixed_args(argv)
+    args = cli.parse_training(parser(), argv)
     cli.require(args, model="t2i-3.9b", data="CODES", output="RUN")
     config = load_config(args.model, args.overrides, "rq-transformer")
     assert isinstance(config, RQTransformerRunConfig)

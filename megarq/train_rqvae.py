@@ -8,7 +8,6 @@ A run goes on from its newest checkpoint when --output holds one.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -20,16 +19,10 @@ from megarq.engine.rqvae_run import check_rqvae_run, train_rqvae
 from megarq.engine.start import joined_session
 from megarq.planning.flops import rqvae_training_flops
 
-OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build, run."""
-    args = parser().parse_intermixed_args(argv)
-    for name in ("data", "validation_data"):  # options that take several values take the key=value after them too
-        given = getattr(args, name) or []
-        setattr(args, name, [value for value in given if not OVERRIDE.match(value)])
-        args.overrides += [value for value in given if OVERRIDE.match(value)]
+    args = cli.parse_training(parser(), argv)
     cli.require(args, model="rqvae-8x8x4", data="'shards/*.tar'", output="RUN")
     config = load_config(args.model, args.overrides, "rq-vae")
     assert isinstance(config, RQVAERunConfig)

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from enum import StrEnum
 
 from megarq.errors import DataError
@@ -40,11 +41,19 @@ class Faults:
         """Samples not used."""
         self.counts: Counter[str] = Counter()
         """Faults by kind, of samples used and skipped."""
-        self._last = "of an earlier run"
+        self._last = ""
 
     def count_seen(self, n: int = 1) -> None:
         """Count n samples as seen, whether they are used or skipped."""
         self.seen += n
+
+    def count_finished(self, shard: str, used: int, skipped: int, counts: Mapping[str, int]) -> None:
+        """Count the samples of a shard that was finished before, whose faults stand in an earlier log."""
+        self.seen += used + skipped
+        self.skipped += skipped
+        self.counts.update(counts)
+        if skipped:
+            self._last = f"in {shard}"
 
     def skip(self, shard: str, key: str, kind: Fault, reason: str) -> None:
         """Log and count a sample that is not used. Raises: DataError where the rate is exceeded."""
@@ -73,6 +82,6 @@ class Faults:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.most_common())
             raise DataError(
                 f"{self.skipped} bad samples of {self.seen} seen, above the accepted rate of {self.max_rate} ({kinds}; "
-                f"all named in the log, the last being {self._last}). Copy or make them again, remove them, or accept "
+                f"all named in the log, the last: {self._last}). Copy or make them again, remove them, or accept "
                 "more (--max-bad-rate, or data.max_bad_rate of a run)."
             )

@@ -42,13 +42,10 @@ class Source:
 def parse_sources(data: Sequence[str], exclude_keys: Sequence[str] = ()) -> list[Source]:
     """`FOLDER[:WEIGHT]` of each folder, and `[FOLDER=]FILE` of each list; a list without folder is for all of them.
 
-    Raises: ConfigError for a weight that is not positive, a folder named twice, a list for another folder, or what
-    looks like `key=value`.
+    Raises: ConfigError for a weight that is not positive, a folder named twice, or a list for another folder.
     """
     weights: dict[str, float] = {}
     for text in data:
-        if "=" in text and not Path(text).exists():
-            raise ConfigError(f"--data took {text} for a folder. Put key=value before --data, or after another option.")
         folder, weight = _folder_and_weight(text)
         if folder in weights:
             raise ConfigError(f"--data names {folder} twice. Give it once, with a weight: {folder}:2.")

@@ -63,7 +63,9 @@ class TransformerTask:
         names = [field.name for field in fields(batch) if isinstance(getattr(batch, field.name), Tensor)]
         shares = {name: getattr(batch, name) for name in names}
         shares |= {
-            name: shares[name].to(self._device) for name in ("codes", "cond", "weights", "latents") if name in shares
+            name: shares[name].to(self._device, non_blocking=True)
+            for name in ("codes", "cond", "weights", "latents")
+            if name in shares
         }
         parts = [shares[name].chunk(count) for name in names]
         return [replace(batch, **dict(zip(names, part, strict=True))) for part in zip(*parts, strict=True)]

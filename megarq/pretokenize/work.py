@@ -127,12 +127,14 @@ class Work:
             yield False
             return
         except OSError as error:
-            remedy = (
-                "Mount it with locks (Lustre: -o flock), or write to another file system"
-                if error.errno in _NO_LOCKS
-                else "Check the folder's rights and free space"
-            )
-            raise DataError(f"{lock.lock_file} cannot be locked ({error}). {remedy}.") from error
+            if error.errno in _NO_LOCKS:
+                raise DataError(
+                    f"{self.folder} lies on a file system without locks ({error}). Choose an --output "
+                    "elsewhere, or mount it with locks (Lustre: -o flock)."
+                ) from error
+            raise DataError(
+                f"{lock.lock_file} cannot be locked ({error}). Check the folder's rights and free space."
+            ) from error
         try:
             yield True
         finally:
@@ -187,6 +189,4 @@ class Work:
 def count_records(faults: Faults, records: Iterable[ShardRecord]) -> None:
     """Count the samples of finished shards."""
     for record in records:
-        faults.count_seen(record.samples + record.skipped)
-        faults.skipped += record.skipped
-        faults.counts.update(record.faults)
+        faults.count_finished(record.source, record.samples, record.skipped, record.faults)

@@ -96,7 +96,6 @@ def test_sources_are_folders_with_weights_and_lists(tmp_path: Path) -> None:
         (["a:0"], [], "the weight 0 is not positive"),
         (["a:inf"], [], "the weight inf is not positive"),
         (["a", "a:2"], [], "names a twice"),
-        (["a", "train.steps=5"], [], "took train.steps=5 for a folder"),
         (["a"], ["b=x.txt"], "b is no folder of --data"),
     ],
 )

@@ -109,7 +109,7 @@ def test_a_file_system_without_locks_is_named(work: Work, monkeypatch: pytest.Mo
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(DataError, match=r"cannot be locked .*Mount it with locks \(Lustre: -o flock\)"):
+    with pytest.raises(DataError, match=r"without locks .*mount it with locks \(Lustre: -o flock\)"):
         next(work.take(0, 1))
     assert not any(name.endswith(".tar") for name in contents(work.folder))
 
