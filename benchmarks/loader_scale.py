@@ -8,7 +8,6 @@ cache. Each rank is a new process without workers; captions are read and chosen,
 import argparse
 import json
 import os
-import resource
 import shlex
 import subprocess
 import sys
@@ -155,8 +154,8 @@ def open_shards() -> int:
 
 
 def peak_mib() -> int:
-    """The most memory that this process ever had, its libraries included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 // MIB
+    """The most memory that this process ever had, its libraries included (getrusage's would be its parent's)."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 // MIB
 
 
 def bytes_read() -> int:

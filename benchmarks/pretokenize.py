@@ -62,6 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="of the encoder on a CPU (default 1)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each, of which the median counts (default 3)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", metavar="OUT", help="write the result to this file")
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if min(args.images, args.repeats) < 1 or args.images % 2:
         raise ConfigError(f"--images {args.images} --repeats {args.repeats}: give an even number, and 1 or more.")
+    torch.set_num_threads(args.threads)
     device = find_device(args.device)
     rqvae = (load_rqvae(args.rqvae, device) if args.rqvae else random_rqvae(args.model).to(device)).eval()
     settings = code_settings(

@@ -60,10 +60,10 @@ def training_parser(description: str | None, ds_config: str) -> argparse.Argumen
 
 
 def parse_training(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse a training command; options that take several values leave the key=value after them to `overrides`."""
+    """Parse a training command; options that take several folders leave the key=value after them to `overrides`."""
     args = parser.parse_intermixed_args(argv)
     for name, given in vars(args).items():
-        if isinstance(given, list) and name != "overrides":
+        if isinstance(given, list) and name in ("data", "validation_data"):
             setattr(args, name, [value for value in given if not OVERRIDE.match(value)])
             args.overrides += [value for value in given if OVERRIDE.match(value)]
     return args
