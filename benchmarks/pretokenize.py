@@ -138,11 +138,11 @@ def measure(
     with Decoder(settings, workers) as decoder:
         ready = list(chain.from_iterable(decoder.batches(source, Faults()) for source in sources))
         images = sum(len(batch.samples) for batch in ready)
-        list(encoder.blocks(ready[:1]))  # whatever the first batch alone must wait for
+        list(encoder.blocks(ready[:1], []))  # whatever the first batch alone must wait for
         seconds: dict[str, list[float]] = {"decode": [], "encode": [], "whole": []}
         for _ in range(repeats):
             seconds["decode"].append(timed(lambda: [decode_all(decoder, source) for source in sources]))
-            seconds["encode"].append(timed(lambda: list(encoder.blocks(ready))))
+            seconds["encode"].append(timed(lambda: list(encoder.blocks(ready, []))))
             with tempfile.TemporaryDirectory() as output:
                 work = Work(Path(output), settings, sources)
                 seconds["whole"].append(timed(lambda work=work: fill(decoder, encoder, work)))  # type: ignore[misc]

@@ -7,33 +7,27 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from megarq import cli
 from megarq.data.files import expand_shards
-from megarq.data.manifest import Manifest
 from megarq.errors import ConfigError
-from megarq.inference.pretrained import find_device, load_rqvae
 from megarq.pretokenize.overlap import (
     CaptionIndex,
     Match,
     PictureIndex,
-    encode_pictures,
     find_overlap,
     read_captions,
+    read_pictures,
     write_exclusions,
 )
 
 EXAMPLE = """example:
   python tools/find_overlap.py yfcc-codes --captions captions_val2014.json --images 'coco-val/*.tar' \\
-      --output exclude.txt --workers 8
+      --training-images 'shards/yfcc/*.tar' --output exclude.txt --workers 8
 
 Captions are found when they are equal but for case, punctuation, white space and Unicode form; paraphrases are not.
-Pictures are found when enough first-depth codes of the folder's RQ-VAE are equal, place by place: the same picture in
-the same crop, and often a copy that was compressed again. Another crop, a mirrored copy or a strong edit is not found;
-with a random transform (t2i, imagenet, ffhq, lsun) the crop depends on the sample's key, so a picture is found only
-under the same key or by luck. Captions of few words and plain pictures match by chance and are left out; both are
-counted."""
+Pictures are looked for in the image shards that the codes were made from, so the transform does not matter: a copy that
+was compressed or scaled again is found; another crop, a mirrored copy or a strong edit is not. Every picture is decoded
+once. Captions of few words and plain pictures match by chance and are left out; both are counted."""
 EXAMPLES = 5
 
 
@@ -50,11 +44,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="COCO annotations or a list (.json), lines (.txt), column caption (.csv .tsv), or image shards",
     )
     parser.add_argument("--images", nargs="+", help="image shards of the evaluation set")
+    parser.add_argument("--training-images", nargs="+", help="with --images: image shards that CODES was made from")
     parser.add_argument("--output", type=Path, required=True, help="exclusion list to write")
     parser.add_argument("--min-words", type=int, default=4, help="words of a caption that counts (default: 4)")
-    parser.add_argument("--share", type=float, default=0.9, help="first-depth codes that must be equal (default: 0.9)")
+    parser.add_argument("--share", type=float, default=0.9, help="bits of a picture that must be equal (default: 0.9)")
     parser.add_argument("--workers", type=int, default=0, help="processes that read shards (default: only this one)")
-    parser.add_argument("--device", help="for encoding: cuda, cpu ...; by default a GPU if there is one")
     return parser.parse_args(argv)
 
 
@@ -68,7 +62,7 @@ def summary(args: argparse.Namespace, captions: CaptionIndex | None, pictures: P
         )
     if pictures is not None:
         lines.append(
-            f"pictures: {len(pictures)} of {' '.join(args.images)}, {args.share:.0%} of first-depth codes equal; "
+            f"pictures: {len(pictures)} of {' '.join(args.images)}, {args.share:.0%} of bits equal; "
             f"{pictures.plain} plain ones left out"
         )
     return lines
@@ -82,16 +76,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError("neither --captions nor --images. Give the evaluation set's captions, pictures, or both.")
     if args.workers < 0:
         raise ConfigError(f"--workers {args.workers}: give 0 or more.")
-    settings = Manifest.load(args.codes).settings
-    captions = CaptionIndex(read_captions(args.captions), args.min_words) if args.captions else None
-    pictures = None
-    if args.images:
-        device = find_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        names, codes = encode_pictures(
-            expand_shards(args.images), load_rqvae(args.codes, device), settings, args.workers
+    if bool(args.images) != bool(args.training_images):
+        raise ConfigError(
+            "--images without --training-images, or the reverse. Codes are of crops made by chance, so pictures are "
+            "looked for in the image shards that CODES was made from: give both, or --captions alone."
         )
-        pictures = PictureIndex(names, codes, args.share)
-    matches: list[Match] = list(find_overlap(args.codes, captions, pictures, workers=args.workers))
+    captions = CaptionIndex(read_captions(args.captions), args.min_words) if args.captions else None
+    pictures, searched = None, list[str]()
+    if args.images:
+        pictures = PictureIndex(*read_pictures(expand_shards(args.images), args.workers), args.share)
+        searched = expand_shards(args.training_images)
+    matches: list[Match] = list(find_overlap(args.codes, captions, pictures, searched, workers=args.workers))
     header = summary(args, captions, pictures)
     excluded = write_exclusions(args.output, matches, header)
     kinds = Counter(match.kind for match in matches)

@@ -77,6 +77,7 @@ def report(samples: ImageList | TarList, shards: Sequence[Path], faults: Faults,
         classes = {image.label for image in samples.images} - {None}
         lines.append(f"{captions} captions, {uncaptioned} images without one, {len(classes)} classes")
         lines += [f"first of the list: {first.name}: {first.captions[0]}"] if first.captions else []
+        lines += [f"{count} {what}, left out" for what, count in samples.unused.items() if count]
     lines += [f"{count} x {kind} (each is named above)" for kind, count in faults.counts.most_common()]
     return "\n".join(lines)
 

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 
 from megarq import cli
+from megarq.data.faults import Fault
 from megarq.data.files import expand_shards
 from megarq.data.manifest import Manifest
 from megarq.data.transforms import TRANSFORMS
+from megarq.errors import ConfigError
 from megarq.inference.pretrained import find_device, load_rqvae
 from megarq.launch.process_group import rank_device
 from megarq.pretokenize.crew import Crew, find_crew
@@ -60,6 +62,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--compile", action="store_true", help="compile the encoder: faster on a GPU after a minute or so, not on a CPU"
     )
     parser.add_argument("--batch-size", type=int, default=64, help="pictures in one pass of the encoder (default 64)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="of the encoder on a CPU; the bytes depend on it (default 1)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of draws and random transforms (default 0)")
     parser.add_argument("--device", help="cuda, cuda:1, cpu ...; by default a GPU if there is one")
     parser.add_argument(
@@ -75,7 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def decoding_workers(device: torch.device, crew: Crew) -> int:
     """Processes that keep an encoder on this device busy: a CPU has no core to spare for them."""
-    cores = len(os.sched_getaffinity(0)) // crew.here
+    cores = min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // crew.here)  # ranks bound to cores, or not
     return 0 if device.type == "cpu" else min(max(cores, 1), 16)
 
 
@@ -84,10 +92,16 @@ def report(manifest: Manifest, output: Path) -> str:
     settings = manifest.settings
     skipped = sum(shard.skipped for shard in manifest.shards)
     faults = ", ".join(f"{count} {kind}" for kind, count in sorted(manifest.faults.items()))
+    torn = "".join(
+        f"\ntorn, used as far as it goes: {shard.source}"
+        for shard in manifest.shards
+        if Fault.TRUNCATED in shard.faults
+    )
     perplexities = ", ".join(f"{value:g}" for value in manifest.perplexity)
     return (
         f"{manifest.samples} samples in {len(manifest.shards)} shards in {output}, {skipped} pictures skipped"
-        f"{f' ({faults})' if faults else ''}\n"
+        f"{f' ({faults})' if faults else ''}"
+        f"{torn}\n"
         f"perplexity of Q at temperature {settings.temperature:g}, depth 1 to {settings.code_shape[2]}: {perplexities} "
         f"(of {', '.join(map(str, settings.codebook_sizes))} codes)"
     )
@@ -102,6 +116,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sources = expand_shards(args.data)
         device = find_device(args.device or rank_device(crew.environment))
         rqvae = load_rqvae(args.rqvae, device)
+        threads = args.threads if device.type == "cpu" else 0
+        if device.type == "cpu" and threads < 1:
+            raise ConfigError(f"--threads {threads}: use 1 or more, and as many as before to go on with a folder.")
         settings = code_settings(
             rqvae,
             draws=args.draws,
@@ -113,7 +130,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             precision=args.precision,
             compiled=args.compile,
             caption_field=args.caption_field,
+            threads=threads,
         )
+        if threads:
+            torch.set_num_threads(threads)
     workers = decoding_workers(device, crew) if args.workers is None else args.workers
     manifest = pretokenize(
         *(rqvae, sources, args.output, settings),

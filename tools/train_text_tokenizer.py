@@ -31,6 +31,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--data", nargs="+", help="webdataset tars with .txt or .json captions: paths, globs, {0000..0099}, folders"
     )
     source.add_argument("--text", type=Path, help="a text file instead, one caption per line")
+    parser.add_argument("--caption-field", metavar="NAME", help="field of a picture's .json that holds its captions")
     parser.add_argument(
         "--vocab-size", type=int, default=16384, help="tokens wanted, [PAD] and [UNK] included (default 16384)"
     )
@@ -41,11 +42,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def shard_captions(patterns: Sequence[str], max_bad_rate: float) -> Iterator[str]:
+def shard_captions(patterns: Sequence[str], field: str | None, max_bad_rate: float) -> Iterator[str]:
     """Every caption of every sample, in the order of the shards."""
     faults = Faults(max_bad_rate)
     for shard in tqdm(expand_shards(patterns), desc="reading captions", unit="shard"):
-        for sample in read_samples(shard, faults):
+        for sample in read_samples(shard, faults, field):
             yield from sample.captions
     faults.finish()
 
@@ -78,7 +79,10 @@ def report(coverage: Coverage, asked: int, output: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = parse(argv)
-    captions = text_captions(args.text) if args.text else shard_captions(args.data, args.max_bad_rate)
+    if args.text:
+        captions = text_captions(args.text)
+    else:
+        captions = shard_captions(args.data, args.caption_field, args.max_bad_rate)
     _, coverage = train_tokenizer(captions, args.vocab_size, args.output)
     print(report(coverage, args.vocab_size, args.output))
 

@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 
 from megarq import cli
+from megarq.data.code_shards import CodeShards
 from megarq.data.files import expand_shards
-from megarq.data.sources import source_name
 from megarq.errors import ConfigError
 from megarq.files import write_atomically
 from megarq.inference.pretrained import find_device, load_rqvae
-from megarq.pretokenize.pictures import grid
-from megarq.pretokenize.samples import Samples
+from megarq.pretokenize.pictures import by_source_name, grid
 from megarq.pretokenize.verify import Report, Status, report_reconstruction, verify
 from megarq.rqvae.model import RQVAE
 from megarq.text.tokenizer import TextTokenizer
@@ -71,15 +70,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = find_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load_rqvae(_rqvae_folder(args.model), device) if args.model else None
     tokenizer = TextTokenizer.load(args.tokenizer) if args.tokenizer else None
-    sources = {source_name(shard): shard for shard in expand_shards(args.images)} if args.images else {}
-    report, samples = verify(args.codes, rqvae=model, tokenizer=tokenizer, length=args.length, workers=args.workers)
-    if samples is not None and (args.output or sources):
+    sources = by_source_name(expand_shards(args.images)) if args.images else {}
+    report, whole = verify(args.codes, rqvae=model, tokenizer=tokenizer, length=args.length, workers=args.workers)
+    if whole is not None and (args.output or sources):
         rqvae = _rqvae(report, args.codes, model, device)
         if rqvae is not None:
             if sources:
-                report_reconstruction(report, samples, rqvae, sources, args.sample, args.seed)
+                report_reconstruction(report, whole, rqvae, sources, args.sample, args.seed)
             if args.output:
-                _write_grid(args.output, samples, rqvae, args.grid, args.seed)
+                _write_grid(args.output, whole, rqvae, args.grid, args.seed)
     content = json.dumps(report.as_json(), indent=2)
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -102,10 +101,10 @@ def _rqvae(report: Report, folder: Path, model: RQVAE | None, device: torch.devi
     return model if "given model" in passed else None
 
 
-def _write_grid(output: Path, samples: Samples, rqvae: RQVAE, count: int, seed: int) -> None:
+def _write_grid(output: Path, shards: CodeShards, rqvae: RQVAE, count: int, seed: int) -> None:
     output.mkdir(parents=True, exist_ok=True)
     content = BytesIO()
-    grid(samples, rqvae, count, seed).save(content, "PNG")
+    grid(shards, rqvae, count, seed).save(content, "PNG")
     write_atomically(output / "grid.png", content.getvalue())
 
 

@@ -21,13 +21,18 @@ class Fault(StrEnum):
     EMPTY = "empty shard"
     NO_CAPTION = "no caption"
     MISSING_FILE = "missing file"
+    NOT_FINITE = "not finite"
+
+
+class TooManyFaultsError(DataError):
+    """More samples were skipped than are accepted."""
 
 
 class Faults:
     """Counts faults. Those that cost a sample are judged: above the accepted rate, the run stops."""
 
     def __init__(self, max_rate: float = 0.01, grace: int = 1000) -> None:
-        """max_rate: largest share of samples skipped; while fewer than `grace` are seen, it is taken of `grace`.
+        """max_rate: largest share of samples skipped; while fewer than `grace` are seen, `skip` takes it of `grace`.
 
         Raises: DataError for a rate outside 0 <= max_rate < 1.
         """
@@ -56,7 +61,7 @@ class Faults:
             self._last = f"in {shard}"
 
     def skip(self, shard: str, key: str, kind: Fault, reason: str) -> None:
-        """Log and count a sample that is not used. Raises: DataError where the rate is exceeded."""
+        """Log and count a sample that is not used. Raises: TooManyFaultsError."""
         self.skipped += 1
         self.counts[kind] += 1
         self._last = f"{key} in {shard}: {kind}: {reason}"
@@ -68,19 +73,14 @@ class Faults:
         self.counts[kind] += 1
         logger.warning("%s: %s: %s", f"{key} in {shard}" if key else shard, kind, reason)
 
-    @property
-    def exceeded(self) -> bool:
-        """Whether so many samples were skipped that `skip` has raised."""
-        return self.skipped > self.max_rate * max(self.seen, self.grace)
-
     def finish(self) -> None:
-        """Judge the whole, however small. Raises: DataError where the rate is exceeded."""
+        """Judge the whole, however small. Raises: TooManyFaultsError."""
         self._judge(self.seen)
 
     def _judge(self, seen: int) -> None:
         if self.skipped > self.max_rate * seen:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.most_common())
-            raise DataError(
+            raise TooManyFaultsError(
                 f"{self.skipped} bad samples of {self.seen} seen, above the accepted rate of {self.max_rate} ({kinds}; "
                 f"all named in the log, the last: {self._last}). Copy or make them again, remove them, or accept "
                 "more (--max-bad-rate, or data.max_bad_rate of a run)."

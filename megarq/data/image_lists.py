@@ -16,7 +16,8 @@ import json
 import posixpath
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -47,10 +48,15 @@ class SourceImage:
 class ImageList:
     """Pictures of a store, each with a key of its own, to be packed by `image_writer`."""
 
-    def __init__(self, store: ImageStore, images: Iterable[SourceImage], faults: Faults) -> None:
-        """Pictures whose key is that of an earlier one, or whose name is no text, are skipped. Raises: DataError above
-        the accepted rate of faults."""
-        self._store = store
+    def __init__(
+        self, store: ImageStore, images: Iterable[SourceImage], faults: Faults, unused: Mapping[str, int]
+    ) -> None:
+        """unused: how many things of each kind no sample is made of, for the report.
+
+        Pictures whose key is that of an earlier one, or whose name is no text, are skipped. Raises: DataError above the
+        accepted rate of faults.
+        """
+        self._store, self.unused = store, dict(unused)
         by_key: dict[str, SourceImage] = {}
         for image in images:
             first = by_key.setdefault(image.key, image)
@@ -133,7 +139,8 @@ def list_folder(store: ImageStore, faults: Faults, *, class_folders: bool = Fals
             faults.skip(str(store.path), name, Fault.UNREADABLE_TEXT, f"{text}: {error}")
             continue
         images.append(SourceImage(name, [caption] if caption else [], labels[folder] if class_folders else None))
-    return ImageList(store, images, faults)
+    alone = texts - {posixpath.splitext(name)[0] + ".txt" for name in names}
+    return ImageList(store, images, faults, {".txt files without a picture": len(alone)})
 
 
 class _Row(NamedTuple):
@@ -158,9 +165,11 @@ def list_captioned(store: ImageStore, captions: Path, faults: Faults, *, first_n
     """
     there = {name for name in store.files if is_image(name)}
     images: dict[str, SourceImage] = {}
-    for row in _rows(captions, there, first_number):
+    unnamed, unused = set(there), Counter[str]()
+    for row in _rows(captions, there, first_number, unused):
         faults.count_seen()
         name = posixpath.normpath(row.name) if row.name else ""
+        unnamed.discard(name)
         if row.fault or not _is_text(row.caption):
             faults.skip(str(captions), row.place, Fault.UNREADABLE_TEXT, row.fault or "the caption is not UTF-8")
         elif name not in there:
@@ -173,7 +182,8 @@ def list_captioned(store: ImageStore, captions: Path, faults: Faults, *, first_n
                 image.label = _label(row.label.strip(), f"{captions} {row.place}")
     if not images:
         raise DataError(f"{captions} names no image that exists in {store.path}. Check --images and --captions.")
-    return ImageList(store, images.values(), faults)
+    unused["pictures that no row names"] = len(unnamed)
+    return ImageList(store, images.values(), faults, unused)
 
 
 def _label(text: str, place: str) -> int:
@@ -182,10 +192,10 @@ def _label(text: str, place: str) -> int:
     return int(text)
 
 
-def _rows(captions: Path, names: set[str], first_number: int) -> Iterator[_Row]:
+def _rows(captions: Path, names: set[str], first_number: int, unused: Counter[str]) -> Iterator[_Row]:
     try:
         if captions.suffix.lower() == ".json":
-            yield from _coco_rows(captions)
+            yield from _coco_rows(captions, unused)
             return
         with captions.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             columns = file.readline().rstrip("\r\n").split("\t")
@@ -215,7 +225,7 @@ def _table_rows(table: Path) -> Iterator[_Row]:
             yield _Row(f"line {reader.line_num}", name.strip(), caption, label, fault)
 
 
-def _coco_rows(captions: Path) -> Iterator[_Row]:
+def _coco_rows(captions: Path, unused: Counter[str]) -> Iterator[_Row]:
     try:
         content = json.loads(captions.read_bytes().decode("utf-8-sig", "surrogateescape"))
         files = {image["id"]: str(image["file_name"]) for image in content["images"]}
@@ -225,6 +235,7 @@ def _coco_rows(captions: Path) -> Iterator[_Row]:
             f"{captions} is no COCO caption file ({type(error).__name__}: {error}). Give one like "
             "captions_train2014.json: `images` with id and file_name, `annotations` with image_id and caption."
         ) from error
+    unused["images of the JSON without annotation"] = len(files.keys() - {image for image, _ in said})
     for number, (image, caption) in enumerate(said):
         yield _Row(f"annotation {number}", files.get(image, f"image_id {image}"), caption)
 

@@ -5,6 +5,7 @@
      "code_shape": [8, 8, 4], "codebook_sizes": [256, 256, 256, 256], "draws": 8, "temperature": 0.5,
      "latent_shape": [8, 8, 64] or null, "fingerprint": "9f3c...", "transform": "center", "resolution": 32, "seed": 0,
      "batch_size": 64, "block_size": 1024, "precision": "fp32", "compiled": false, "caption_field": null,
+     "threads": 0,
      "faults": {"unreadable image": 3}, "perplexity": [31.2, 40.1, 55.0, 61.8],
      "shards": [{"file": "000000.tar", "sha256": "...", "bytes": 7096320, "samples": 1797, ...,
                  "blocks": [{"key": "000000", "samples": 1024, "members": {"codes.npy": [512, 524416], ...}}, ...]}]}
@@ -60,6 +61,8 @@ class CodeSettings:
     """Whether the encoder was compiled, which rounds a little differently."""
     caption_field: str | None = None
     """Field of a picture's .json that its captions were taken from, where one was chosen."""
+    threads: int = 0
+    """Threads of the encoder on a CPU, whose sums round differently with another number; 0 on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ class ShardRecord:
     """What was wrong with the image shard's samples, used or not: how many of each kind."""
     blocks: tuple[BlockRecord, ...]
     """Its blocks, in order."""
+    source_bytes: int = 0
+    """Size of the image shard when it was read, where that is a local file."""
 
 
 @dataclass(frozen=True)

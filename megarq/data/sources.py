@@ -5,6 +5,7 @@ nor say what failed.
 """
 
 import fnmatch
+import hashlib
 import io
 import logging
 import os
@@ -63,11 +64,24 @@ def is_local(source: str) -> bool:
 
 
 def source_name(source: str) -> str:
-    """The file name of a path or an address, without a query; the whole text of a `pipe:`."""
+    """The name by which manifests know a source: the last two parts of a path or an address, such as `cc3m/00000.tar`.
+
+    The file name alone does not tell img2dataset's data sets apart. A query and the text of a `pipe:` may hold secrets:
+    a hash stands for them.
+    """
     if source.startswith("pipe:"):
-        return source
-    path = source if is_local(source) else source.partition("?")[0]
-    return path.rstrip("/").rpartition("/")[2]
+        return "pipe:" + _hash(source)
+    path, mark, query = (str(Path(source).absolute()), "", "") if is_local(source) else source.partition("?")
+    return "/".join(path.strip("/").split("/")[-2:]) + (mark and mark + _hash(query))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def local_size(source: str) -> int:
+    """Bytes of a local file; 0 where it is missing, or the source is not local."""
+    return Path(source).stat().st_size if is_local(source) and Path(source).is_file() else 0
 
 
 def open_source(source: str) -> AbstractContextManager[BinaryIO]:

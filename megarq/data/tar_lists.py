@@ -7,7 +7,7 @@ else its .json says stay. Only headers are read to make the list, and it holds p
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,23 +19,6 @@ from megarq.data.image_shards import scan_samples
 from megarq.errors import DataError
 
 
-class _Recorder(Faults):
-    """Keeps faults as they come, to be told to other Faults: those of the process that judges."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.told: list[tuple[str, tuple[Any, ...]]] = []
-
-    def count_seen(self, n: int = 1) -> None:
-        self.told.append(("count_seen", (n,)))
-
-    def skip(self, *fault: Any) -> None:
-        self.told.append(("skip", fault))
-
-    def note(self, *fault: Any) -> None:
-        self.told.append(("note", fault))
-
-
 class _Scan(NamedTuple):
     """What one tar holds."""
 
@@ -43,8 +26,8 @@ class _Scan(NamedTuple):
     """[n, 2]: first byte of each sample, and the one after its last."""
     keys: npt.NDArray[np.bytes_]
     """[n] keys in UTF-8."""
-    faults: list[tuple[str, tuple[Any, ...]]]
-    """Calls of Faults that its reading made."""
+    faults: Faults
+    """What its reading skipped."""
 
 
 class TarList:
@@ -59,9 +42,10 @@ class TarList:
         self._shards = list(shards)
         scans = []
         scanned = batches_in_order(self._scan, min(workers, len(shards)), len(shards))
-        for scan in tqdm(scanned, total=len(shards), unit="shard", desc="indexing", delay=0.5):
-            for call, values in scan.faults:
-                getattr(faults, call)(*values)
+        for shard, scan in zip(
+            shards, tqdm(scanned, total=len(shards), unit="shard", desc="indexing", delay=0.5), strict=True
+        ):
+            faults.count_finished(shard, len(scan.spans), scan.faults.skipped, scan.faults.counts)
             scans.append(scan)
         self._spans = np.concatenate([scan.spans for scan in scans])
         self._keys = np.concatenate([scan.keys for scan in scans])
@@ -72,11 +56,11 @@ class TarList:
             raise DataError(f"no images in {len(shards)} shards, the first being {shards[0]!r}. Check --shards.")
 
     def _scan(self, number: int) -> _Scan:
-        faults, spans, keys = _Recorder(), [], []
+        faults, spans, keys = Faults(grace=2**62), [], []  # logged here, judged with all others
         for key, places in scan_samples(self._shards[number], faults, lambda tar, member: (member.offset, tar.offset)):
             spans.append((min(place[0] for place in places.values()), max(place[1] for place in places.values())))
             keys.append(key.encode())
-        return _Scan(np.array(spans, np.int64).reshape(-1, 2), np.array(keys, np.bytes_), faults.told)
+        return _Scan(np.array(spans, np.int64).reshape(-1, 2), np.array(keys, np.bytes_), faults)
 
     def _drop_duplicates(self, faults: Faults) -> None:
         _, first = np.unique(self._keys, return_index=True)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megarq.data.faults import Fault, Faults
+from megarq.data.faults import Fault, Faults, TooManyFaultsError
 from megarq.data.image_shards import ImageSample, read_samples
 from megarq.data.manifest import CodeSettings
 from megarq.data.transforms import decode_rgb, find_transform
@@ -97,12 +97,12 @@ class Decoder:
         while chunk := list(islice(samples, CHUNK)):
             images = [(sample.image, derived_seed(ours.seed, sample.key)) for sample in chunk]
             if self._pool is None:
-                yield chunk, _decode(images, ours.transform, ours.resolution)
+                yield chunk, decode_pictures(images, ours.transform, ours.resolution)
                 continue
             if len(waiting) == self._in_flight:
                 yield _result(*waiting.popleft())
             try:
-                waiting.append((chunk, self._pool.submit(_decode, images, ours.transform, ours.resolution)))
+                waiting.append((chunk, self._pool.submit(decode_pictures, images, ours.transform, ours.resolution)))
             except BrokenProcessPool as error:
                 raise _died() from error
         while waiting:
@@ -110,12 +110,12 @@ class Decoder:
 
 
 def _readable(source: str, faults: Faults, caption_field: str | None) -> Iterator[ImageSample]:
-    """The samples of a shard. Raises: UnreadableShardError where reading fails, DataError for too many bad samples."""
+    """The samples of a shard. Raises: UnreadableShardError where reading fails; TooManyFaultsError."""
     try:
         yield from read_samples(source, faults, caption_field)
+    except TooManyFaultsError:
+        raise
     except DataError as error:
-        if faults.exceeded:
-            raise
         raise UnreadableShardError(str(error)) from error
 
 
@@ -134,7 +134,7 @@ def _died() -> DataError:
     )
 
 
-def _decode(images: list[tuple[bytes, int]], transform: str, resolution: int) -> list[Pixels | str]:
+def decode_pictures(images: list[tuple[bytes, int]], transform: str, resolution: int) -> list[Pixels | str]:
     """Encoded pictures with their seeds to pixels [R, R, 3], or what is wrong with them."""
     decoded: list[Pixels | str] = []
     for image, seed in images:

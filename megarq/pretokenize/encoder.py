@@ -20,7 +20,6 @@ from megarq.data.code_writer import CodeBlock
 from megarq.data.image_shards import ImageSample
 from megarq.data.manifest import CodeSettings
 from megarq.data.transforms import from_pixels
-from megarq.errors import DataError
 from megarq.parallel.initialization import named_generator
 from megarq.pretokenize.decoder import Batch, Pixels
 from megarq.rqvae.codebook import full_precision
@@ -42,26 +41,30 @@ class BlockEncoder:
         encode = (rqvae if dtype == torch.float32 else deepcopy(rqvae).to(dtype)).encode
         self._network = torch.compile(encode, dynamic=False) if settings.compiled else encode
 
-    def blocks(self, batches: Iterable[Batch]) -> Generator[tuple[CodeBlock, tuple[float, ...]], None, None]:
+    def blocks(
+        self, batches: Iterable[Batch], lost: list[str]
+    ) -> Generator[tuple[CodeBlock, tuple[float, ...]], None, None]:
         """The blocks of an image shard, each with the perplexity of Q per depth for the first, () for the others.
 
-        Raises: DataError where the latents are not finite.
+        lost: gets the keys of samples whose latents are not finite. Their rows are left out, after all batches of the
+        block, so that the others' bytes stay as they are; a block without rows is left out too.
         """
         samples: list[ImageSample] = []
         parts: list[dict[str, Tensor]] = []
-        perplexities: list[Tensor] = []
         first = True
         for batch in batches:
             latents = self.encode(batch.pictures)
             parts.append(self.stacks(latents, [sample.key for sample in batch.samples]))
             if first:
-                perplexities.append(self._perplexity(latents))
+                parts[-1]["perplexity"] = self._perplexity(latents)
             samples += batch.samples
             if len(samples) == self._settings.block_size:
-                yield self._block(samples, parts), _rounded_mean(perplexities)
-                samples, parts, perplexities, first = [], [], [], False
+                for block in self._finite(samples, parts, lost):
+                    yield block
+                    first = False
+                samples, parts = [], []
         if samples:
-            yield self._block(samples, parts), _rounded_mean(perplexities)
+            yield from self._finite(samples, parts, lost)
 
     @torch.no_grad()
     def encode(self, pictures: Pixels) -> Tensor:
@@ -84,16 +87,19 @@ class BlockEncoder:
             stacks["finite"] &= stacks["latents"].isfinite().flatten(1).all(1)
         return stacks
 
-    def _block(self, samples: list[ImageSample], parts: list[dict[str, Tensor]]) -> CodeBlock:
-        """The samples and their stacks, fetched from the device. Raises: DataError where the latents are not finite."""
+    def _finite(
+        self, samples: list[ImageSample], parts: list[dict[str, Tensor]], lost: list[str]
+    ) -> Iterator[tuple[CodeBlock, tuple[float, ...]]]:
+        """The block of these samples and stacks, fetched from the device, and its perplexity; none without a row."""
         arrays = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
-        if not arrays["finite"].all():
-            sample = samples[int(arrays["finite"].argmin())]
-            raise DataError(
-                f"the latents of {sample.key} in {sample.shard} are not finite in {self._settings.precision}. Use "
-                "--precision bf16 or fp32, leave out --latents (fp16 ends at 65,504), or check the RQ-VAE."
-            )
-        return CodeBlock(
+        finite = arrays["finite"]
+        lost += [sample.key for sample, whole in zip(samples, finite, strict=True) if not whole]
+        if not finite.any():
+            return
+        arrays = {name: array[finite] for name, array in arrays.items()}
+        samples = [sample for sample, whole in zip(samples, finite, strict=True) if whole]
+        means = arrays["perplexity"].mean(0).tolist() if "perplexity" in arrays else []
+        block = CodeBlock(
             codes=arrays["codes"].astype(np.uint16),
             draws=[arrays[f"draw{draw}"].astype(np.uint16) for draw in range(1, self._settings.draws + 1)],
             latents=arrays.get("latents"),
@@ -101,6 +107,7 @@ class BlockEncoder:
             captions=[sample.captions for sample in samples],
             labels=[sample.label for sample in samples],
         )
+        yield block, tuple(float(f"{mean:.4g}") for mean in means)
 
     def _perplexity(self, latents: Tensor) -> Tensor:
         """[b, H, W, C] -> exp(entropy of Q) of each sample at each depth, averaged over its positions: [b, D] fp64."""
@@ -112,12 +119,6 @@ class BlockEncoder:
             entropy = torch.special.entr(soft).sum(-1)
             means.append(entropy.double().exp().mean((1, 2)).cpu())
         return torch.cat(means)
-
-
-def _rounded_mean(perplexities: list[Tensor]) -> tuple[float, ...]:
-    """The mean over all rows of [b, D], to four digits; () for none."""
-    means = torch.cat(perplexities).mean(0).tolist() if perplexities else []
-    return tuple(float(f"{mean:.4g}") for mean in means)
 
 
 @contextmanager

@@ -1,55 +1,61 @@
 """Finding an evaluation set's captions and pictures among training samples, to leave those out of training.
 
     captions = CaptionIndex(read_captions(["captions_val2014.json"]), min_words=4)
-    pictures = PictureIndex(*encode_pictures(["val.tar"], rqvae, settings), share=0.9)
-    found = list(find_overlap(Path("codes"), captions, pictures))
+    pictures = PictureIndex(*read_pictures(["val.tar"]), share=0.9)
+    found = list(find_overlap(Path("codes"), captions, pictures, ["shards/00000.tar"]))
     write_exclusions(Path("exclude.txt"), found, header=["..."])
 
 Captions match when they are equal after NFKC, case folding and turning everything but letters and digits into single
-spaces. Pictures match when at least a share of the T = H * W argmin codes of the first depth are equal, place by place:
-if no more than m of T places may differ, then of m + 1 bands of places one at least is equal as a whole, so hashes of
-bands find every candidate and only candidates are compared. A plain picture (few different codes) matches any other
-plain picture by chance and is left out, and so is a caption of few words.
+spaces. Pictures are looked for in the image shards of the codes, before any crop by chance: the centre square of each
+becomes 9x9 grey levels, and T = 128 bits say where the level rises to the right and downwards. Pictures match when at
+least a share of their bits are equal: if no more than m of T may differ, then of m + 1 bands of bits one at least is
+equal as a whole, so hashes of bands find every candidate and only candidates are compared. Plain pictures match by
+chance and are left out, and so are captions of few words.
 
-Memory: the evaluation set alone; the training set streams by once.
+Memory: the evaluation set and one training shard's bits; the training set streams by once.
 """
 
 import csv
 import json
 import re
-import tarfile
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from megarq.data.batches import batches_in_order
-from megarq.data.faults import Faults
+from megarq.data.code_shards import CodeShards
+from megarq.data.faults import Fault, Faults
 from megarq.data.files import data_file, expand_shards
 from megarq.data.image_shards import read_samples
-from megarq.data.manifest import CodeSettings, Manifest
+from megarq.data.manifest import Manifest
 from megarq.data.order import IntArray, UInt64Array, mix
 from megarq.data.sources import source_name
+from megarq.data.transforms import decode_rgb
 from megarq.errors import DataError
-from megarq.pretokenize.decoder import Decoder
-from megarq.pretokenize.encoder import BlockEncoder
-from megarq.pretokenize.shard_check import tar_blocks
-from megarq.rqvae.model import RQVAE
+from megarq.pretokenize.pictures import by_source_name
 
-PLAIN = 8
-"""A picture with fewer different codes than one in this many places is plain."""
-PAIRS = 2**20
+SIDE = 9
+"""Width and height of the grey levels that are compared."""
+STEP = 1.0
+"""Grey levels, of 255, by which neighbours differ where it is no noise."""
+PLAIN = 0.5
+"""A picture in which a smaller share of neighbours differ is plain."""
+JUDGED = 0.999
+"""Rate of bad training pictures that is accepted here: pretokenize has judged them."""
+PAIRS = 2**18
 """Pairs of pictures compared at once."""
 
-Maps = npt.NDArray[np.uint16]
-"""First-depth argmin codes [n, T]."""
+Steps = npt.NDArray[np.float32]
+"""Differences of neighbouring grey levels [n, T]."""
+Bits = npt.NDArray[np.bool_]
+"""Where the grey level rises [n, T]."""
 
 
 @dataclass(frozen=True)
@@ -92,47 +98,50 @@ class CaptionIndex:
         return next((words for words in map(normalized, captions) if words in self._captions), None)
 
 
+def grey_steps(picture: Image.Image) -> Steps:
+    """Differences of neighbouring grey levels [T] of the centre square: to the right, then downwards."""
+    levels = np.asarray(ImageOps.fit(picture.convert("F"), (SIDE, SIDE), Image.Resampling.BOX))
+    return np.concatenate([np.diff(levels, axis=1)[:-1].ravel(), np.diff(levels, axis=0)[:, :-1].ravel()])
+
+
 class PictureIndex:
-    """First-depth code maps of the evaluation set's pictures."""
+    """Bits of the evaluation set's pictures."""
 
-    def __init__(self, names: Sequence[str], codes: Tensor, share: float = 0.9) -> None:
-        """codes: argmin stacks [m, H, W, D]; share: of equal first-depth codes, from which pictures are the same.
+    def __init__(self, names: Sequence[str], steps: Steps, share: float = 0.9) -> None:
+        """steps: `grey_steps` [m, T]; share: of equal bits, from which pictures are the same.
 
-        Raises: DataError for a share outside 0.5 .. 1.
+        Raises: DataError for a share outside 0.8 .. 1.
         """
-        if not 0.5 <= share <= 1:
-            raise DataError(f"--share {share}: use a share of equal codes from 0.5 to 1, such as 0.9.")
-        maps: Maps = codes[..., 0].flatten(1).numpy().astype(np.uint16)
-        places = maps.shape[1]
-        different = np.array([len(np.unique(row)) for row in maps])
-        kept = np.flatnonzero(different * PLAIN >= places)
-        self.plain = len(maps) - len(kept)
+        if not 0.8 <= share <= 1:
+            raise DataError(f"--share {share}: use a share of equal bits from 0.8 to 1, such as 0.9.")
+        places = steps.shape[1]
+        kept = np.flatnonzero((np.abs(steps) > STEP).mean(1) >= PLAIN)
+        self.plain = len(steps) - len(kept)
         self._names = [names[number] for number in kept.tolist()]
-        self._maps = maps[kept]
+        self._bits = steps[kept] > STEP
         self._most_different = int(places * (1 - share) + 1e-9)
         self._bands = np.array_split(np.arange(places), self._most_different + 1)
-        hashed = [_band_hash(self._maps[:, band]) for band in self._bands]
+        hashed = [_band_hash(self._bits[:, band]) for band in self._bands]
         self._order = [np.argsort(values, kind="stable") for values in hashed]
         self._sorted = [values[order] for values, order in zip(hashed, self._order, strict=True)]
 
     def __len__(self) -> int:
         return len(self._names)
 
-    def find(self, codes: npt.NDArray[np.uint16]) -> dict[int, str]:
-        """Argmin stacks [n, H, W, D] -> for each row that matches, the nearest picture and its share of equal codes."""
-        maps = np.ascontiguousarray(codes[..., 0].reshape(len(codes), -1))
+    def find(self, steps: Steps) -> dict[int, str]:
+        """Steps [n, T] -> for each row that matches, the nearest picture and its share of equal bits."""
         best: dict[int, tuple[int, int]] = {}
-        for row, picture, equal in self._matches(maps):
+        for row, picture, equal in self._matches(steps > STEP):
             best[row] = max(best.get(row, (0, 0)), (equal, -picture))
-        places = maps.shape[1]
+        places = steps.shape[1]
         return {
             row: f"{self._names[-picture]} ({equal / places:.0%})" for row, (equal, picture) in sorted(best.items())
         }
 
-    def _matches(self, maps: Maps) -> Iterator[tuple[int, int, int]]:
-        """(row, picture, equal places) of all that match; some more than once."""
+    def _matches(self, bits: Bits) -> Iterator[tuple[int, int, int]]:
+        """(row, picture, equal bits) of all that match; some more than once."""
         for band, order, values in zip(self._bands, self._order, self._sorted, strict=True):
-            asked = _band_hash(maps[:, band])
+            asked = _band_hash(bits[:, band])
             starts = np.searchsorted(values, asked, "left")
             counts = np.searchsorted(values, asked, "right") - starts
             hits = np.flatnonzero(counts)
@@ -140,8 +149,8 @@ class PictureIndex:
                 rows = np.repeat(part, counts[part])
                 within = np.arange(len(rows)) - np.repeat(np.cumsum(counts[part]) - counts[part], counts[part])
                 pictures = order[starts[rows] + within]
-                equal = (maps[rows] == self._maps[pictures]).sum(1)
-                for pair in np.flatnonzero(equal >= maps.shape[1] - self._most_different):
+                equal = (bits[rows] == self._bits[pictures]).sum(1)
+                for pair in np.flatnonzero(equal >= bits.shape[1] - self._most_different):
                     yield int(rows[pair]), int(pictures[pair]), int(equal[pair])
 
 
@@ -151,7 +160,7 @@ def _parts(hits: IntArray, counts: IntArray, limit: int) -> list[IntArray]:
     return [part for part in np.split(hits, np.flatnonzero(np.diff(steps)) + 1) if len(part)]
 
 
-def _band_hash(band: Maps) -> UInt64Array:
+def _band_hash(band: Bits) -> UInt64Array:
     """[n, places] -> uint64 [n]."""
     state = np.zeros(len(band), np.uint64)
     for column in band.T:
@@ -163,16 +172,25 @@ def find_overlap(
     folder: Path,
     captions: CaptionIndex | None,
     pictures: PictureIndex | None,
+    images: Sequence[str] = (),
     *,
     workers: int = 0,
     progress: bool = True,
 ) -> Iterator[Match]:
     """The training samples of a code folder that are in either index, in order.
 
-    Raises: DataError for a missing or damaged folder or shard.
+    images: the image shards that the codes were made from, to look for pictures.
+    Raises: DataError for a missing or damaged folder or shard, or a source that is not among `images`.
     """
-    manifest = Manifest.load(folder)
-    scan = _Scan(folder, manifest, captions, pictures)
+    manifest, sources = Manifest.load(folder), by_source_name(images)
+    wanted = [record.source for record in manifest.shards if record.samples and pictures is not None]
+    lacking = [source for source in wanted if source not in sources]
+    if lacking:
+        raise DataError(
+            f"{len(lacking)} of the {len(wanted)} image shards of {folder}, such as {lacking[0]!r}, are not among "
+            "--training-images. Give all that were pretokenized."
+        )
+    scan = _Scan(folder, manifest, captions, pictures, sources)
     shards = len(manifest.shards)
     with tqdm(total=manifest.samples, unit="sample", unit_scale=True, desc="overlap", disable=not progress) as bar:
         for number, matches in enumerate(batches_in_order(scan, min(workers, shards), stop=shards)):
@@ -188,23 +206,22 @@ class _Scan:
     manifest: Manifest
     captions: CaptionIndex | None
     pictures: PictureIndex | None
+    sources: Mapping[str, str]
 
     def __call__(self, number: int) -> list[Match]:
-        path, found = self.folder / self.manifest.shards[number].file, []
-        try:
-            for block in tar_blocks(path):
-                content = json.loads(block.content("samples.json"))
-                near = self.pictures.find(block.array("codes.npy")) if self.pictures else {}
-                for row, (key, texts) in enumerate(zip(content["keys"], content["captions"], strict=True)):
-                    same = self.captions.find(texts) if self.captions else None
-                    if same is not None:
-                        found.append(Match(f"{path.name}/{key}", "caption", same))
-                    if row in near:
-                        found.append(Match(f"{path.name}/{key}", "picture", near[row]))
-        except (tarfile.TarError, OSError, ValueError, KeyError) as error:
-            raise DataError(
-                f"code shard {path} cannot be read ({error}). Check the folder with tools/verify_codes.py."
-            ) from error
+        record, found = self.manifest.shards[number], []
+        shard, near = CodeShards(self.folder, self.manifest, [number]), dict[str, str]()
+        if self.pictures is not None and record.samples:
+            keys, steps = _shard_pictures(self.sources[record.source], JUDGED, shard.settings.caption_field)
+            near = {keys[row]: reason for row, reason in self.pictures.find(steps).items()}
+        for block, rows in enumerate(shard.block_sizes.tolist()):
+            texts = (shard.text_run(section, block, 0, rows) for section in ("keys", "captions"))
+            for key, captions in zip(*texts, strict=True):
+                same = self.captions.find(captions) if self.captions else None
+                if same is not None:
+                    found.append(Match(f"{record.file}/{key}", "caption", same))
+                if key in near:
+                    found.append(Match(f"{record.file}/{key}", "picture", near[key]))
         return found
 
 
@@ -269,26 +286,36 @@ def _from_table(path: Path) -> Iterator[str]:
 _READERS = {".json": _from_json, ".txt": _from_lines, ".csv": _from_table, ".tsv": _from_table}
 
 
-def encode_pictures(
-    sources: Sequence[str], rqvae: RQVAE, settings: CodeSettings, workers: int = 0, progress: bool = True
-) -> tuple[list[str], Tensor]:
-    """The readable pictures of image shards: names, and argmin stacks int64 [m, H, W, D].
+def read_pictures(shards: Sequence[str], workers: int = 0, progress: bool = True) -> tuple[list[str], Steps]:
+    """The readable pictures of image shards: names, and `grey_steps` [m, T].
 
-    settings: how the training set was encoded; workers: processes that decode JPEGs.
-    Raises: DataError for a missing shard, too many bad pictures, or none.
+    workers: processes that read shards. Raises: DataError for a missing shard, too many bad pictures in one, or none.
     """
-    ours = replace(settings, caption_field=None, compiled=False)
-    encoder = BlockEncoder(rqvae, ours, next(rqvae.parameters()).device)
     names: list[str] = []
-    codes: list[Tensor] = []
-    faults = Faults()
-    with Decoder(ours, workers) as decoder, tqdm(unit="picture", desc="encode", disable=not progress) as bar:
-        for shard in sources:
-            for batch in decoder.batches(shard, faults):
-                names.extend(f"{source_name(shard)}/{sample.key}" for sample in batch.samples)
-                codes.append(rqvae.quantize(encoder.encode(batch.pictures)).cpu())
-                bar.update(len(batch.samples))
+    found: list[Steps] = []
+    read = batches_in_order(lambda number: _shard_pictures(shards[number]), min(workers, len(shards)), len(shards))
+    for shard, (keys, steps) in zip(
+        shards, tqdm(read, total=len(shards), unit="shard", disable=not progress), strict=True
+    ):
+        names.extend(f"{source_name(shard)}/{key}" for key in keys)
+        found.append(steps)
+    if not names:
+        raise DataError(f"no readable picture in {', '.join(shards)}. Give --images tars of the evaluation pictures.")
+    return names, np.concatenate(found)
+
+
+def _shard_pictures(
+    shard: str, max_bad_rate: float = 0.01, caption_field: str | None = None
+) -> tuple[list[str], Steps]:
+    """Keys and `grey_steps` [n, T] of the pictures of a shard that can be decoded."""
+    faults = Faults(max_bad_rate)
+    keys: list[str] = []
+    steps: list[Steps] = []
+    for sample in read_samples(shard, faults, caption_field):
+        try:
+            steps.append(grey_steps(decode_rgb(sample.image)))
+            keys.append(sample.key)
+        except DataError as error:
+            faults.skip(shard, sample.key, Fault.UNREADABLE_IMAGE, str(error))
     faults.finish()
-    if not codes:
-        raise DataError(f"no readable picture in {', '.join(sources)}. Give --images tars of the evaluation pictures.")
-    return names, torch.cat(codes)
+    return keys, np.array(steps, np.float32).reshape(len(keys), 2 * (SIDE - 1) ** 2)

@@ -3,7 +3,6 @@
 import random
 import textwrap
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,15 +10,17 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from megarq.data.code_shards import CodeShards
 from megarq.data.faults import Faults
 from megarq.data.image_shards import read_samples
-from megarq.data.transforms import decode_rgb, find_transform, from_pixels
+from megarq.data.order import IntArray
+from megarq.data.sources import source_name
+from megarq.data.transforms import from_pixels
 from megarq.errors import DataError
 from megarq.inference.generator import to_pictures
 from megarq.parallel.initialization import derived_seed
-from megarq.pretokenize.decoder import Pixels
+from megarq.pretokenize.decoder import Pixels, decode_pictures
 from megarq.pretokenize.encoder import BlockEncoder
-from megarq.pretokenize.samples import Samples
 from megarq.rqvae.model import RQVAE
 
 BATCH = 16
@@ -30,6 +31,31 @@ SIDE, TEXT, PAD = 160, 240, 8
 """Pixels in the grid: least side of a picture, width of its caption, space around."""
 
 
+def places(shards: CodeShards, samples: Sequence[int]) -> tuple[IntArray, IntArray]:
+    """(block, row) [n] of the n-th samples of a view, sample 0 being the first of its first block."""
+    ends, numbers = np.cumsum(shards.block_sizes), np.array(samples, np.int64)
+    blocks = np.searchsorted(ends, numbers, "right")
+    return blocks, numbers - (ends - shards.block_sizes)[blocks]
+
+
+def names(shards: CodeShards, samples: Sequence[int]) -> list[str]:
+    """`000017.tar/KEY` of each, as exclusion lists have it."""
+    found = zip(*(place.tolist() for place in places(shards, samples)), strict=True)
+    return [f"{shards.file_of(block)}/{shards.key(block, row)}" for block, row in found]
+
+
+def by_source_name(images: Sequence[str]) -> dict[str, str]:
+    """Image shards by the name that manifests have for them. Raises: DataError where two have the same."""
+    found: dict[str, str] = {}
+    for shard in images:
+        if found.setdefault(source_name(shard), shard) != shard:
+            raise DataError(
+                f"image shards {found[source_name(shard)]} and {shard} have the same name in manifests. "
+                "Give only those that these codes were made from."
+            )
+    return found
+
+
 @torch.no_grad()
 def decode(rqvae: RQVAE, codes: Tensor) -> Tensor:
     """Codes [n, H, W, D] -> pictures [n, 3, R, R] on the CPU, clamped to [-1, 1]."""
@@ -38,20 +64,21 @@ def decode(rqvae: RQVAE, codes: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def grid(samples: Samples, rqvae: RQVAE, count: int, seed: int = 0) -> Image.Image:
+def grid(shards: CodeShards, rqvae: RQVAE, count: int, seed: int = 0) -> Image.Image:
     """A seeded choice of samples, each decoded from its argmin codes, with its first caption at its right."""
-    chosen = sorted(random.Random(seed).sample(range(len(samples)), min(count, len(samples))))
-    pictures = to_pictures(decode(rqvae, _codes(samples, chosen)))
+    chosen = sorted(random.Random(seed).sample(range(shards.samples), min(count, shards.samples)))
+    pictures = to_pictures(decode(rqvae, _codes(shards, chosen)))
+    labels, rows = names(shards, chosen), np.stack(places(shards, chosen), 1).tolist()
     columns = max(1, round((len(chosen) / 2) ** 0.5))
     side = max(SIDE, pictures[0].width)
     width, height = side + TEXT + 3 * PAD, side + 2 * PAD
     sheet = Image.new("RGB", (columns * width, -(-len(chosen) // columns) * height), "white")
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    for place, (sample, picture) in enumerate(zip(chosen, pictures, strict=True)):
+    for place, picture in enumerate(pictures):
         left, top = place % columns * width + PAD, place // columns * height + PAD
         sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.NEAREST), (left, top))
-        captions = samples.captions(sample)
-        text = [samples.name(sample), "", *textwrap.wrap(captions[0] if captions else "(no caption)", 38)]
+        captions = shards.captions(*rows[place])
+        text = [labels[place], "", *textwrap.wrap(captions[0] if captions else "(no caption)", 38)]
         canvas.multiline_text((left + side + PAD, top), "\n".join(text[: side // 12]), "black", font)
     return sheet
 
@@ -73,35 +100,37 @@ class Reconstruction:
 
 
 def reconstruction(
-    samples: Samples, rqvae: RQVAE, sources: Mapping[str, str], count: int, seed: int = 0
+    shards: CodeShards, rqvae: RQVAE, sources: Mapping[str, str], count: int, seed: int = 0
 ) -> Reconstruction:
     """Compare a seeded choice of samples, out of a few shards, with their originals.
 
     sources: the image shards by the name that the manifest has for them.
     Raises: DataError where none of the shards is among them.
     """
-    there = [place for place, record in enumerate(samples.records) if record.samples and record.source in sources]
+    manifest, files = shards.manifest, {shards.file_of(block) for block in range(len(shards.block_sizes))}
+    whole = [number for number, record in enumerate(manifest.shards) if record.file in files]
+    there = [number for number in whole if manifest.shards[number].source in sources]
     if not there:
         raise DataError(
             f"none of the {len(sources)} image shards given is a source of these codes, which were made from "
-            f"{samples.records[0].source!r} and others. Give --images the shards that were pretokenized."
+            f"{manifest.shards[whole[0]].source!r} and others. Give --images the shards that were pretokenized."
         )
-    source = random.Random(seed)
-    shards = sorted(source.sample(there, min(SHARDS, len(there))))
-    device = next(rqvae.parameters()).device
-    encoder = BlockEncoder(rqvae, replace(samples.settings, compiled=False), device)
+    choice, settings = random.Random(seed), manifest.settings
+    read = sorted(choice.sample(there, min(SHARDS, len(there))))
+    encoder = BlockEncoder(rqvae, replace(settings, compiled=False), next(rqvae.parameters()).device)
     errors: list[Tensor] = []
     equal: list[Tensor] = []
     missing: list[str] = []
-    for number, place in enumerate(shards):
-        wanted = count // len(shards) + (number < count % len(shards))
-        chosen = source.sample(samples.of_shard(place), min(wanted, samples.records[place].samples))
-        originals = _originals(samples, chosen, sources[samples.records[place].source])
-        missing.extend(samples.name(sample) for sample in chosen if sample not in originals)
+    for place, number in enumerate(read):
+        shard = CodeShards(shards.folder, manifest, [number])
+        wanted = count // len(read) + (place < count % len(read))
+        chosen = choice.sample(range(shard.samples), min(wanted, shard.samples))
+        originals = _originals(shard, chosen, sources[manifest.shards[number].source])
+        missing.extend(names(shard, [sample for sample in chosen if sample not in originals]))
         found = list(originals)
-        for first in range(0, len(found), samples.settings.batch_size):
-            part = found[first : first + samples.settings.batch_size]
-            codes, pixels = _codes(samples, part), np.stack([originals[sample] for sample in part])
+        for first in range(0, len(found), settings.batch_size):
+            part = found[first : first + settings.batch_size]
+            codes, pixels = _codes(shard, part), np.stack([originals[sample] for sample in part])
             errors.append((decode(rqvae, codes) - from_pixels(torch.from_numpy(pixels))).square().mean((1, 2, 3)))
             equal.append((rqvae.quantize(encoder.encode(pixels)).cpu() == codes).float().mean((1, 2)))
     if not errors:
@@ -111,22 +140,21 @@ def reconstruction(
     return Reconstruction(len(error), float(error.mean()), float(psnr), torch.cat(equal).mean(0).tolist(), missing)
 
 
-def _originals(samples: Samples, chosen: Sequence[int], source: str) -> dict[int, Pixels]:
+def _originals(shard: CodeShards, chosen: Sequence[int], source: str) -> dict[int, Pixels]:
     """The transformed pictures [R, R, 3] of samples of one shard, of those that are found."""
-    settings, found = samples.settings, dict[int, Pixels]()
-    transform = find_transform(settings.transform)
-    by_key = {samples.key(sample): sample for sample in chosen}
-    for image in read_samples(source, Faults(grace=2**62)):
-        sample = by_key.pop(image.key, None)
-        if sample is not None:
-            source_of_crop = random.Random(derived_seed(settings.seed, image.key))
-            with suppress(DataError):
-                picture = transform(decode_rgb(image.image), settings.resolution, source_of_crop)
-                found[sample] = np.asarray(picture, np.uint8)
+    ours, found = shard.settings, dict[int, Pixels]()
+    blocks, rows = (place.tolist() for place in places(shard, chosen))
+    by_key = {shard.key(*place): sample for *place, sample in zip(blocks, rows, chosen, strict=True)}
+    for image in read_samples(source, Faults(grace=2**62), ours.caption_field):
+        if image.key in by_key:
+            seeded = [(image.image, derived_seed(ours.seed, image.key))]
+            sample, [picture] = by_key.pop(image.key), decode_pictures(seeded, ours.transform, ours.resolution)
+            if not isinstance(picture, str):
+                found[sample] = picture
         if not by_key:
             break
     return found
 
 
-def _codes(samples: Samples, chosen: Sequence[int]) -> Tensor:
-    return torch.from_numpy(samples.codes(chosen).astype("int64"))
+def _codes(shards: CodeShards, chosen: Sequence[int]) -> Tensor:
+    return torch.from_numpy(shards.read_codes(*places(shards, chosen)).astype("int64"))

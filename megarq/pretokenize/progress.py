@@ -13,7 +13,7 @@ _SECONDS = {True: 1.0, False: 60.0}
 
 
 class Progress:
-    """`pretokenize: 12/400 shards | 812 images/s | 3 bad | eta 1:02:07`; the shards are those of all workers."""
+    """`pretokenize: 12/400 shards | here 812 images/s, 3 bad | eta 1:02:07`; the shards are those of all workers."""
 
     def __init__(self, faults: Faults, done: Callable[[], int], total: int, quiet: bool) -> None:
         """faults: of this worker, whose images/s and bad samples are shown; done: counts finished shards."""
@@ -41,4 +41,4 @@ class Progress:
         left = tqdm.format_interval(seconds / made * (self._total - done)) if made else "?"
         speed = (self._faults.seen - self._seen_before) / max(seconds, 1e-9)
         bad = self._faults.skipped
-        return f"pretokenize: {done}/{self._total} shards | {speed:,.0f} images/s | {bad} bad | eta {left}"
+        return f"pretokenize: {done}/{self._total} shards | here {speed:,.0f} images/s, {bad} bad | eta {left}"

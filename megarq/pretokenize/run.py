@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from megarq.data.code_writer import CodeBlock, write_shard
-from megarq.data.faults import Faults
+from megarq.data.faults import Fault, Faults
 from megarq.data.manifest import CodeSettings, Manifest, save_record
-from megarq.data.sources import source_name
+from megarq.data.sources import local_size, source_name
 from megarq.data.transforms import find_transform
 from megarq.errors import DataError
 from megarq.launch.environment import read_environment
@@ -30,6 +30,9 @@ from megarq.pretokenize.work import Work, count_records
 from megarq.rqvae.model import RQVAE, fingerprint
 
 logger = logging.getLogger(__name__)
+
+_SHARD = 1000
+"""Least samples that an image shard is taken to hold, before other shards tell."""
 
 
 def code_settings(
@@ -45,6 +48,7 @@ def code_settings(
     precision: str = "fp32",
     compiled: bool = False,
     caption_field: str | None = None,
+    threads: int = 0,
 ) -> CodeSettings:
     """What the shards of this RQ-VAE will hold. Raises: DataError for an unknown name or a number out of range."""
     find_transform(transform)
@@ -74,6 +78,7 @@ def code_settings(
         precision=precision,
         compiled=compiled,
         caption_field=caption_field,
+        threads=threads,
     )
 
 
@@ -103,11 +108,15 @@ def pretokenize(
         work = Work(output, settings, sources)
         faults = Faults(max_bad_rate)
         count_records(faults, (done := work.done()).values())
+        counted = len(done)
         shown = Progress(faults, work.count_done, len(sources), quiet=not (progress and crew.environment.rank == 0))
         encoder = BlockEncoder(rqvae.eval(), settings, device)
         failures: dict[int, str] = {}
         with Decoder(settings, workers) as decoder, closing(work.take(crew.number, crew.workers, done)) as shards:
             for index in shards:
+                # This worker's part may be worse than the rest: while it runs, it is judged over what all may hold.
+                faults.grace = len(sources) * max(_SHARD, faults.seen // max(counted, 1))
+                counted += 1
                 try:
                     make_shard(decoder, encoder, work, index, faults, shown.show)
                 except UnreadableShardError as error:
@@ -125,13 +134,15 @@ def make_shard(
 ) -> None:
     """Shard `index` and its record; `show` is called after every block."""
     source = work.sources[index]
+    source_bytes = local_size(source)
+    lost: list[str] = []
     skipped, counts = faults.skipped, Counter(faults.counts)
     perplexities: list[tuple[float, ...]] = []
 
     def encoded() -> Generator[CodeBlock, None, None]:
         with (
             closing(ahead(decoder.batches(source, faults), room=2)) as batches,
-            closing(ahead(encoder.blocks(batches), room=2)) as blocks,
+            closing(ahead(encoder.blocks(batches, lost), room=2)) as blocks,
         ):
             for block, perplexity in blocks:
                 perplexities.append(perplexity)
@@ -140,7 +151,22 @@ def make_shard(
 
     with closing(encoded()) as blocks:
         record = write_shard(work.folder, index, work.settings, source_name(source), blocks)
+    for key in lost:  # counted only now, as the decoder counted in a thread of its own
+        faults.skip(source, key, Fault.NOT_FINITE, _not_finite(work.settings))
     found = sorted((faults.counts - counts).items())
     perplexity = perplexities[0] if perplexities else ()
-    record = replace(record, skipped=faults.skipped - skipped, faults=dict(found), perplexity=perplexity)
+    record = replace(
+        record,
+        skipped=faults.skipped - skipped,
+        perplexity=perplexity,
+        faults=dict(found),
+        source_bytes=source_bytes,
+    )
     save_record(work.folder, work.settings, record)
+
+
+def _not_finite(settings: CodeSettings) -> str:
+    return (
+        f"its latents in {settings.precision}; try --precision bf16 or fp32, leave out --latents (fp16 ends at 65,504) "
+        "or check the RQ-VAE"
+    )

@@ -5,7 +5,8 @@
                 arrays                  dtype, shape, codes below their depth's codebook size, latents finite
                 samples.json            as many keys, captions and classes as the record counts
 
-What the whole folder is judged by comes back as counts and 64-bit hashes, 16 bytes a sample.
+The file is read once, a block at a time. What the whole folder is judged by comes back as counts and 64-bit hashes,
+16 bytes a sample.
 
 Legend: n samples of a block, H, W, D code shape, C codebook dim, K largest codebook size.
 """
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ EXAMPLES = 5
 """Faults of one kind that are told of each shard and of the whole; all are counted."""
 
 HASH_BYTES = 8
+READ_BYTES = 2**20
 
 CodeArray = npt.NDArray[np.uint16]
 
@@ -52,10 +54,16 @@ class Part(StrEnum):
 
 @dataclass
 class ShardFindings:
-    """What one shard holds, and what is wrong with it."""
+    """What one shard, or all together, holds, and what is wrong with it."""
 
     file: str
     """Name of the shard."""
+    argmin: IntArray
+    """[D, K] how often each code occurs at each depth of the argmin stacks."""
+    drawn: IntArray
+    """[D, K] the same of all drawn stacks together."""
+    agreeing: IntArray
+    """[D] drawn codes that equal the argmin code of their place."""
     faults: Counter[Part] = field(default_factory=Counter)
     """Faults of each kind."""
     examples: dict[Part, list[str]] = field(default_factory=dict)
@@ -76,12 +84,29 @@ class ShardFindings:
     """Captions by their length in characters."""
     tokens: Counter[int] = field(default_factory=Counter)
     """Tokenized captions by their length in tokens."""
-    argmin: IntArray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
-    """[D, K] how often each code occurs at each depth of the argmin stacks."""
-    drawn: IntArray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
-    """[D, K] the same of all drawn stacks together."""
-    agreeing: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """[D] drawn codes that equal the argmin code of their place."""
+
+    @classmethod
+    def empty(cls, file: str, settings: CodeSettings) -> Self:
+        """Nothing found yet."""
+        shape = settings.code_shape[2], max(settings.codebook_sizes)
+        return cls(file, np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape[0], np.int64))
+
+    def add(self, other: "ShardFindings") -> None:
+        """Take in what is wrong with another shard, and what it holds where nothing is."""
+        self.faults.update(other.faults)
+        for part, examples in other.examples.items():
+            self.examples.setdefault(part, []).extend(examples)
+        if other.faults:
+            return
+        self.keys += other.keys
+        self.stacks += other.stacks
+        self.captioned += other.captioned
+        self.uncaptioned += other.uncaptioned
+        self.characters.update(other.characters)
+        self.tokens.update(other.tokens)
+        self.argmin += other.argmin
+        self.drawn += other.drawn
+        self.agreeing += other.agreeing
 
     def fault(self, part: Part, what: str) -> None:
         """Count a fault; the first ones are told."""
@@ -90,32 +115,38 @@ class ShardFindings:
             self.examples.setdefault(part, []).append(f"{self.file}: {what}")
 
 
+class _HashedFile:
+    """A file read once from its beginning to its end, its sha256 kept as it goes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.sha256 = file, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self.sha256.update(data)
+        return data
+
+
 @dataclass(frozen=True)
-class TarBlock:
-    """The members of one block, by the rest of their names, in an open tar."""
+class _Block:
+    """The data of one block's members, by the rest of their names."""
 
     key: str
-    members: dict[str, tarfile.TarInfo]
-    tar: tarfile.TarFile
-
-    def content(self, name: str) -> bytes:
-        """The data of a member. Raises: KeyError where there is none, tarfile.TarError or OSError where it is torn."""
-        file = self.tar.extractfile(self.members[name])
-        if file is None:
-            raise tarfile.ReadError(f"{self.key}.{name} is no file")
-        return file.read()
-
-    def array(self, name: str) -> npt.NDArray[Any]:
-        """An .npy member. Raises: as `content`, and ValueError where it is no plain array."""
-        array: npt.NDArray[Any] = np.lib.format.read_array(io.BytesIO(self.content(name)), allow_pickle=False)
-        return array
+    members: dict[str, bytes]
 
 
-def tar_blocks(path: Path) -> Iterator[TarBlock]:
+def _blocks(file: _HashedFile) -> Iterator[_Block]:
     """The blocks of a tar, in order. Raises: tarfile.TarError or OSError where it cannot be read."""
-    with tarfile.open(path, "r:") as tar:
+    with tarfile.open(fileobj=file, mode="r|", bufsize=READ_BYTES) as tar:  # type: ignore[call-overload]
         for key, members in groupby(tar, lambda member: member.name.partition(".")[0]):
-            yield TarBlock(key, {member.name.partition(".")[2]: member for member in members}, tar)
+            yield _Block(key, {member.name.partition(".")[2]: _data(tar, member) for member in members})
+
+
+def _data(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    if file is None:
+        raise tarfile.ReadError(f"{member.name} is no file")
+    return file.read()
 
 
 class ShardCheck:
@@ -130,43 +161,45 @@ class ShardCheck:
 
     def __call__(self, number: int) -> ShardFindings:
         """What is in shard `number`; damage is told in the findings, never raised."""
-        record, settings = self._manifest.shards[number], self._manifest.settings
-        found = ShardFindings(record.file)
-        depth, largest = settings.code_shape[2], max(settings.codebook_sizes)
-        found.argmin, found.drawn = (np.zeros((depth, largest), np.int64) for _ in range(2))
-        found.agreeing = np.zeros(depth, np.int64)
+        record = self._manifest.shards[number]
+        found = ShardFindings.empty(record.file, self._manifest.settings)
         path = self._folder / record.file
         try:
-            _check_file(path, record, found)
-            if path.is_file():
-                self._check_blocks(path, CodeShards(self._folder, self._manifest, [number]), found)
-        except (tarfile.TarError, OSError, DataError) as error:
+            with path.open("rb") as file:
+                view = CodeShards(self._folder, self._manifest, [number])
+                self._check_file(_HashedFile(file), view, record, found)
+                size = file.tell()
+        except FileNotFoundError:
+            found.fault(Part.FILES, "missing")
+            return found
+        except OSError as error:
             found.fault(Part.MEMBERS, f"cannot be read ({error})")
-        if path.is_file():
-            _check_counts(record, found)
+        else:
+            if size != record.bytes:
+                found.fault(Part.FILES, f"{size} bytes, {record.bytes} in the manifest")
+        _check_counts(record, found)
         return found
 
-    def _check_blocks(self, path: Path, view: CodeShards, found: ShardFindings) -> None:
+    def _check_file(self, file: _HashedFile, view: CodeShards, record: ShardRecord, found: ShardFindings) -> None:
+        """Check the blocks as far as they can be read, then the rest of the bytes."""
+        try:
+            self._check_blocks(file, view, found)
+        except (tarfile.TarError, DataError) as error:
+            found.fault(Part.MEMBERS, f"cannot be read ({error})")
+        while file.read(READ_BYTES):
+            pass
+        digest = file.sha256.hexdigest()
+        if digest != record.sha256:
+            found.fault(Part.CHECKSUMS, f"sha256 {digest[:12]}, {record.sha256[:12]} in the manifest")
+
+    def _check_blocks(self, file: _HashedFile, view: CodeShards, found: ShardFindings) -> None:
         blocks = 0
-        for number, block in enumerate(tar_blocks(path)):
+        for number, block in enumerate(_blocks(file)):
             blocks += 1
             if number < len(view.block_sizes):
                 _BlockCheck(view, number, block, found, self._tokenizer, self._tokenize_every).run()
         if blocks != len(view.block_sizes):
             found.fault(Part.MEMBERS, f"{blocks} blocks in the tar, {len(view.block_sizes)} in the manifest")
-
-
-def _check_file(path: Path, record: ShardRecord, found: ShardFindings) -> None:
-    if not path.is_file():
-        found.fault(Part.FILES, "missing")
-        return
-    size = path.stat().st_size
-    if size != record.bytes:
-        found.fault(Part.FILES, f"{size} bytes, {record.bytes} in the manifest")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != record.sha256:
-        found.fault(Part.CHECKSUMS, f"sha256 {digest[:12]}, {record.sha256[:12]} in the manifest")
 
 
 def _check_counts(record: ShardRecord, found: ShardFindings) -> None:
@@ -185,7 +218,7 @@ class _BlockCheck:
         self,
         view: CodeShards,
         number: int,
-        block: TarBlock,
+        block: _Block,
         found: ShardFindings,
         tokenizer: TextTokenizer | None,
         tokenize_every: int,
@@ -221,7 +254,7 @@ class _BlockCheck:
         if name not in self._block.members:
             return None
         try:
-            array = self._block.array(name)
+            array: npt.NDArray[Any] = np.lib.format.read_array(io.BytesIO(self._block.members[name]))
         except (ValueError, EOFError) as error:
             self._fault(Part.ARRAYS, f"{name} is no plain array ({error})")
             return None
@@ -265,7 +298,7 @@ class _BlockCheck:
         if "samples.json" not in self._block.members:
             return []
         try:
-            content = json.loads(self._block.content("samples.json"))
+            content = json.loads(self._block.members["samples.json"])
             keys, captions, labels = (content[name] for name in ("keys", "captions", "labels"))
             sizes = {len(keys), len(captions), len(labels)}
             if sizes != {self._samples} or not _well_typed(keys, captions, labels):

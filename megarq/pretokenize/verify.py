@@ -1,4 +1,4 @@
-"""Whether a folder of code shards is fit to train on: every byte read once, and what the whole looks like.
+"""Whether a folder of code shards is fit to train on: every shard read once, and what the whole looks like.
 
     report = verify(Path("codes"), tokenizer=TextTokenizer.load("tokenizer.json"), length=64, workers=8)
     print(report.text()); report.passed()
@@ -21,13 +21,13 @@ import numpy as np
 from tqdm import tqdm
 
 from megarq.data.batches import batches_in_order
+from megarq.data.code_shards import CodeShards
 from megarq.data.manifest import CodeSettings, Manifest
 from megarq.data.order import IntArray, UInt64Array
 from megarq.errors import CheckpointError, DataError
 from megarq.inference.pretrained import load_rqvae
-from megarq.pretokenize.pictures import reconstruction
-from megarq.pretokenize.samples import Samples
-from megarq.pretokenize.shard_check import EXAMPLES, Part, ShardCheck, ShardFindings
+from megarq.pretokenize.pictures import names, places, reconstruction
+from megarq.pretokenize.shard_check import EXAMPLES, HASH_BYTES, Part, ShardCheck, ShardFindings
 from megarq.rqvae.model import RQVAE, fingerprint
 from megarq.text.tokenizer import TextTokenizer
 
@@ -117,7 +117,7 @@ def verify(
     length: int | None = None,
     workers: int = 0,
     progress: bool = True,
-) -> tuple[Report, Samples | None]:
+) -> tuple[Report, CodeShards | None]:
     """Check a folder of code shards.
 
     Args:
@@ -128,7 +128,7 @@ def verify(
         progress: whether to show a bar.
 
     Returns:
-        The report, and the samples of the shards without damage, None where there are none.
+        The report, and a view of the shards without damage, None where no sample is in one.
     """
     report = Report(str(folder))
     try:
@@ -139,69 +139,25 @@ def verify(
     report.add("manifest", Status.OK, f"{manifest.samples} samples in {len(manifest.shards)} shards")
     _check_fingerprints(report, folder, manifest.settings, rqvae)
     every = max(1, manifest.samples // TOKENIZED_SAMPLES)
-    total = _Total(manifest)
+    total, undamaged = ShardFindings.empty("", manifest.settings), list[int]()
     bar = tqdm(total=manifest.samples, unit="sample", unit_scale=True, desc="verify", disable=not progress)
     with bar:
         check = ShardCheck(folder, manifest, tokenizer, every)
-        for found in batches_in_order(check, min(workers, len(manifest.shards)), stop=len(manifest.shards)):
-            bar.update(manifest.shards[total.shards].samples)
+        shards = len(manifest.shards)
+        for number, found in enumerate(batches_in_order(check, min(workers, shards), stop=shards)):
+            bar.update(manifest.shards[number].samples)
             total.add(found)
+            undamaged += [] if found.faults else [number]
     _report_parts(report, folder, manifest, total)
+    report.facts |= {"samples": manifest.samples, "damaged shards": shards - len(undamaged)}
     _report_faults(report, manifest)
-    samples = Samples(folder, manifest, total.whole)
-    if not len(samples):
+    whole = CodeShards(folder, manifest, undamaged)
+    if not whole.samples:
         return report, None
     _report_codebook(report, manifest, total)
-    _report_repeats(report, samples, total)
+    _report_repeats(report, whole, total)
     _report_captions(report, total, length)
-    return report, samples
-
-
-class _Total:
-    """The findings of all shards together."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        depth, largest = manifest.settings.code_shape[2], max(manifest.settings.codebook_sizes)
-        self.shards = 0
-        self.whole: list[int] = []
-        """Numbers of the shards without damage; hashes are of their samples."""
-        self.faults: Counter[Part] = Counter()
-        self.examples: dict[Part, list[str]] = {part: [] for part in Part}
-        self.argmin, self.drawn = (np.zeros((depth, largest), np.int64) for _ in range(2))
-        self.agreeing: IntArray = np.zeros(depth, np.int64)
-        self.characters: Counter[int] = Counter()
-        self.tokens: Counter[int] = Counter()
-        self.captioned = 0
-        self.uncaptioned: list[str] = []
-        self._keys, self._stacks = bytearray(), bytearray()
-
-    def add(self, found: ShardFindings) -> None:
-        """Take in the findings of the next shard."""
-        self.faults.update(found.faults)
-        for part, examples in found.examples.items():
-            self.examples[part].extend(examples)
-        if not found.faults:
-            self.whole.append(self.shards)
-            self._keys += found.keys
-            self._stacks += found.stacks
-        self.argmin += found.argmin
-        self.drawn += found.drawn
-        self.agreeing += found.agreeing
-        self.characters.update(found.characters)
-        self.tokens.update(found.tokens)
-        self.captioned += found.captioned
-        self.uncaptioned.extend(found.uncaptioned)
-        self.shards += 1
-
-    @property
-    def keys(self) -> UInt64Array:
-        """Hash of each key of the whole shards."""
-        return np.frombuffer(self._keys, np.uint64)
-
-    @property
-    def stacks(self) -> UInt64Array:
-        """Hash of each argmin stack of the whole shards."""
-        return np.frombuffer(self._stacks, np.uint64)
+    return report, whole
 
 
 def _check_fingerprints(report: Report, folder: Path, settings: CodeSettings, rqvae: RQVAE | None) -> None:
@@ -228,9 +184,9 @@ def _check_rqvae(report: Report, name: str, rqvae: RQVAE, settings: CodeSettings
         report.add(name, Status.OK, f"fingerprint {found[:12]}")
 
 
-def _report_parts(report: Report, folder: Path, manifest: Manifest, total: _Total) -> None:
+def _report_parts(report: Report, folder: Path, manifest: Manifest, total: ShardFindings) -> None:
     for part in Part:
-        count, examples = total.faults[part], total.examples[part]
+        count, examples = total.faults[part], total.examples.get(part, [])
         if count:
             report.add(part, Status.FAILED, f"{count} found", _first(examples, count))
         else:
@@ -240,10 +196,9 @@ def _report_parts(report: Report, folder: Path, manifest: Manifest, total: _Tota
     strays = [name for name in strays if name not in listed]
     if strays:
         report.add("other files", Status.WARNING, f"{len(strays)} tars or half-written files not in the manifest")
-    report.facts |= {"samples": manifest.samples, "damaged shards": len(manifest.shards) - len(total.whole)}
 
 
-def _report_codebook(report: Report, manifest: Manifest, total: _Total) -> None:
+def _report_codebook(report: Report, manifest: Manifest, total: ShardFindings) -> None:
     settings = manifest.settings
     used, perplexity = _usage(total.argmin, settings.codebook_sizes)
     facts = {"codes used, argmin, per depth": used, "codebook perplexity, argmin, per depth": perplexity}
@@ -288,21 +243,29 @@ def _usage(counts: IntArray, sizes: Sequence[int]) -> tuple[list[float], list[fl
     return shares, perplexities
 
 
-def _report_repeats(report: Report, samples: Samples, total: _Total) -> None:
+def _report_repeats(report: Report, shards: CodeShards, total: ShardFindings) -> None:
     """Keys and argmin stacks that stand more than once."""
-    kinds: list[tuple[str, str, UInt64Array, Callable[[int], object]]] = [
-        ("keys", "have the key of an earlier one", total.keys, samples.key),
-        ("pictures", "have the argmin codes of an earlier one", total.stacks, lambda n: samples.codes([n]).tobytes()),
+
+    def key(sample: int) -> str:
+        return names(shards, [sample])[0].partition("/")[2]
+
+    def stack(sample: int) -> bytes:
+        return shards.read_codes(*places(shards, [sample])).tobytes()
+
+    kinds: list[tuple[str, str, bytearray, Callable[[int], object]]] = [
+        ("keys", "have the key of an earlier one", total.keys, key),
+        ("pictures", "have the argmin codes of an earlier one", total.stacks, stack),
     ]
-    for name, what, values, content in kinds:
+    for name, what, hashes, content in kinds:
+        values = np.frombuffer(hashes, np.uint64)
         count, pairs = _repeats(values, content)
         report.facts[f"repeated {name}"] = count
         if not count:
             report.add(f"repeated {name}", Status.OK, "none")
             continue
-        within = sum(samples.shard(first) == samples.shard(second) for first, second in pairs)
+        within = sum(len(set(map(shards.file_of, places(shards, pair)[0]))) == 1 for pair in pairs)
         result = f"{count} of {len(values)} samples {what} ({within} of the first {len(pairs)} in the same shard)"
-        examples = [f"{samples.name(first)} and {samples.name(second)}" for first, second in pairs[:EXAMPLES]]
+        examples = [" and ".join(names(shards, pair)) for pair in pairs[:EXAMPLES]]
         report.add(f"repeated {name}", Status.WARNING, result, _first(examples, count))
 
 
@@ -324,8 +287,8 @@ def _repeats(values: UInt64Array, content: Callable[[int], object]) -> tuple[int
     return count, pairs
 
 
-def _report_captions(report: Report, total: _Total, length: int | None) -> None:
-    samples, characters = len(total.keys), _Lengths(total.characters)
+def _report_captions(report: Report, total: ShardFindings, length: int | None) -> None:
+    samples, characters = len(total.keys) // HASH_BYTES, _Lengths(total.characters)
     bare = samples - total.captioned
     report.facts |= {"uncaptioned": bare, "captions": characters.count, "caption characters": characters.summary()}
     if not characters.count:
@@ -384,13 +347,13 @@ def _first(places: Sequence[str], count: int) -> list[str]:
 
 
 def report_reconstruction(
-    report: Report, samples: Samples, rqvae: RQVAE, sources: Mapping[str, str], count: int, seed: int = 0
+    report: Report, shards: CodeShards, rqvae: RQVAE, sources: Mapping[str, str], count: int, seed: int = 0
 ) -> None:
     """Add how near the decoded codes are to their pictures, and whether encoding those again gives the same codes.
 
     sources: image shards by name. Raises: DataError where none of them is a source of the codes.
     """
-    found = reconstruction(samples, rqvae, sources, count, seed)
+    found = reconstruction(shards, rqvae, sources, count, seed)
     if found.missing:
         where = _first(found.missing, len(found.missing))
         report.add("originals", Status.FAILED, f"{len(found.missing)} samples not in their image shards", where)
@@ -402,5 +365,5 @@ def report_reconstruction(
     report.add("reconstruction", Status.OK, result)
     first = found.agreement[0]
     status = Status.FAILED if first < OTHER_PICTURES else Status.WARNING if first < SAME_PICTURES else Status.OK
-    result = f"{first:.2%} of the first-depth codes come out again in {samples.settings.precision}"
+    result = f"{first:.2%} of the first-depth codes come out again in {shards.settings.precision}"
     report.add("encoding again", status, result + (": other pictures or transform" if status is not Status.OK else ""))

@@ -9,6 +9,7 @@ come by makes the shard again: nothing is shared between workers but the folder.
 import errno
 import logging
 import os
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -19,7 +20,7 @@ from filelock import FileLock, Timeout
 from megarq.data.code_shards import check_size
 from megarq.data.faults import Faults
 from megarq.data.manifest import MANIFEST, CodeSettings, Manifest, ShardRecord, load_record, record_path
-from megarq.data.sources import source_name
+from megarq.data.sources import is_local, local_size, source_name
 from megarq.errors import DataError
 from megarq.inference.pretrained import save_rqvae
 from megarq.rqvae.model import RQVAE
@@ -33,7 +34,7 @@ class Work:
     """The code shards to be made from a list of image shards: source i becomes `{i:06d}.tar`."""
 
     def __init__(self, folder: Path, settings: CodeSettings, sources: Sequence[str]) -> None:
-        """Raises: DataError where the folder was filled from other sources or with other settings."""
+        """Raises: DataError where the folder was filled from other sources, or a file is named twice."""
         self.folder = folder
         self.settings = settings
         self.sources = list(sources)
@@ -44,7 +45,12 @@ class Work:
                 f"{folder} holds {foreign[0]}, which none of the {len(sources)} image shards becomes: it was filled "
                 "from another list. Give the same --data as before, or another --output."
             )
-        self._complete = self._load_manifest()
+        for path, times in Counter(os.path.realpath(source) for source in sources if is_local(source)).items():
+            if times > 1:
+                raise DataError(f"--data names {path} {times} times, by other spellings or links. Name it once.")
+        self._complete: Manifest | None = None
+        self._version: tuple[int, int] | None = None
+        self._refresh()
 
     def done(self) -> dict[int, ShardRecord]:
         """The records of the shards that are whole. Raises: DataError for one of other settings or another source."""
@@ -83,7 +89,7 @@ class Work:
         Raises: DataError where a shard failed and nobody made it since, or too many or all samples are bad.
         """
         with self._lock(MANIFEST, wait=True):
-            self._complete = self._load_manifest()
+            self._refresh()
             records = self.done()
             lost = {self.sources[index]: why for index, why in sorted(failures.items()) if index not in records}
             if lost:
@@ -107,10 +113,15 @@ class Work:
             manifest.save(self.folder)
             for file in self.files:
                 record_path(self.folder, file).unlink(missing_ok=True)
-            for ending in ("tmp", "lock"):
-                for path in self.folder.glob(f".*.{ending}"):
-                    path.unlink(missing_ok=True)
+                with self._lock(file) as mine:
+                    if mine:  # nobody is making it again
+                        self._remove(f".{file}.tmp", f".{file}.lock")
+            self._remove(f".{MANIFEST}.lock")
             return manifest
+
+    def _remove(self, *names: str) -> None:
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
 
     def _order(self, number: int, workers: int) -> list[int]:
         """All shards, in the order in which a worker should ask for them."""
@@ -140,8 +151,14 @@ class Work:
         finally:
             lock.release()
 
-    def _load_manifest(self) -> Manifest | None:
-        return Manifest.load(self.folder) if (self.folder / MANIFEST).is_file() else None
+    def _refresh(self) -> None:
+        """Read the manifest where it is new, or another worker has replaced it."""
+        try:
+            found = (self.folder / MANIFEST).stat()
+        except FileNotFoundError:
+            return
+        if self._version != (version := (found.st_ino, found.st_mtime_ns)):
+            self._complete, self._version = Manifest.load(self.folder), version
 
     def _done(self, index: int) -> ShardRecord | None:
         found = self._find(index)
@@ -160,6 +177,10 @@ class Work:
         except DataError as error:
             logger.warning("making it again: %s", error)
             return None
+        size = local_size(self.sources[index])
+        if size and record.source_bytes and size != record.source_bytes:
+            logger.warning("making %s again: %s had %d bytes, now %d", record.file, source, record.source_bytes, size)
+            return None
         return record
 
     def _find(self, index: int) -> tuple[CodeSettings, ShardRecord] | None:
@@ -170,8 +191,8 @@ class Work:
             if record_path(self.folder, self.files[index]).exists():
                 raise
             found = None
-        if found is None and self._complete is None:
-            self._complete = self._load_manifest()
+        if found is None:
+            self._refresh()
         if found is None and self._complete is not None and index < len(self._complete.shards):
             found = self._complete.settings, self._complete.shards[index]
         return found

@@ -23,6 +23,7 @@ import torch
 from gloo_ranks import preload
 
 ROOT = Path(__file__).resolve().parents[2]
+MPIRUN = Path(sys.executable).with_name("mpirun")
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SECONDS_FOR_A_COMMAND = 300

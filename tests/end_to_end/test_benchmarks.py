@@ -1,9 +1,11 @@
-"""The training benchmark, on small configurations."""
+"""The benchmarks of training, loading and pre-tokenization, on as little as they take."""
 
 import json
 
 import pytest
+from captioned_tars import small_rqvae, write_tars
 
+from megarq.inference.pretrained import save_rqvae
 from tests.end_to_end.commands import call, call_ranks, succeed
 
 PARAMETERS = 1_070_336
@@ -29,3 +31,34 @@ def test_a_layout_of_several_ranks_is_timed(tmp_path):
 def test_an_unlawful_layout_is_refused():
     outcome = call("benchmarks/train_step.py", *SMALL, "parallel.tp=2")
     assert outcome.status == 2 and "parallel.tp=2 x parallel.pp=1 = 2 does not divide the 1 ranks" in outcome.errors
+
+
+def test_every_way_of_loading_is_timed(tmp_path):
+    few = ("--samples", 64, "--latents", 16, "--members", 16, "--batch", 16, "--repeats", 1)
+    succeed("benchmarks/loader.py", *few, "--folder", tmp_path, "--json", tmp_path / "out.json")
+    result = json.loads((tmp_path / "out.json").read_text())
+    rates = result["samples_per_second"]
+    assert {"classes", "classes, 2 workers", "webdataset, blocks", "captions, BPE dropout 0.1", "latents"} <= set(rates)
+    assert all(rate > 0 for rate in rates.values()) and set(result["all_passes"]) == set(rates)
+    ratio = rates["classes"] / rates["webdataset, one sample per member"]
+    assert result["times_one_sample_per_member"] == pytest.approx(ratio, abs=0.051)
+
+
+def test_one_rank_of_many_measures_its_loading(walk):
+    half = ("--one-rank", walk / "codes", 1, 24, "--ranks", 2, "--batch", 8, "--steps", 6)
+    result = json.loads(succeed("benchmarks/loader_scale.py", *half).printed)
+    assert result["samples"] == 24 and result["bytes_read"] > 0
+    assert result["seconds_to_open"] + result["seconds_to_first_batch"] > 0
+    assert 0 < result["peak_mib_before"] <= result["peak_mib_at_first_batch"] <= result["peak_mib_at_end"]
+
+
+def test_pretokenization_is_held_against_its_parts(tmp_path):
+    write_tars(tmp_path / "shards", [3, 3])
+    save_rqvae(small_rqvae(0), tmp_path / "rqvae")
+    few = ("--rqvae", tmp_path / "rqvae", "--data", tmp_path / "shards", "--batch-size", 2, "--repeats", 1)
+    succeed("benchmarks/pretokenize.py", *few, "--device", "cpu", "--json", tmp_path / "out.json")
+    result = json.loads((tmp_path / "out.json").read_text())
+    speed = result["images_per_second"]
+    assert result["images"] == 6 and set(speed) == {"decode", "encode", "whole"}
+    assert result["efficiency"] == pytest.approx(speed["whole"] * (1 / speed["decode"] + 1 / speed["encode"]))
+    assert all(len(depths) == 3 and min(depths) >= 0 for depths in result["agreement_with_fp32"].values())

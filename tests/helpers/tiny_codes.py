@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from captioned_tars import write_tar
@@ -21,8 +22,8 @@ def _members(key: str, png: bytes, caption: str) -> list[tuple[str, bytes]]:
     return [(f"{key}.png", png), *([(f"{key}.txt", caption.encode())] if caption else [])]
 
 
-def tiny_codes(folder: Path, tars: list[str], rqvae: RQVAE) -> Path:
-    """Code shards of these image shards: two draws and latents, blocks of 5."""
-    settings = code_settings(rqvae, draws=2, latents=True, batch_size=4, block_size=5, temperature=0.02)
+def tiny_codes(folder: Path, tars: list[str], rqvae: RQVAE, **changes: Any) -> Path:
+    """Code shards of these image shards: two draws and latents, blocks of 5, or as `changes` say."""
+    settings = code_settings(rqvae, draws=2, latents=True, batch_size=4, block_size=5, temperature=0.02, **changes)
     pretokenize(rqvae, tars, folder, settings, device=torch.device("cpu"), progress=False)
     return folder

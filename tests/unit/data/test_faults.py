@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from megarq.data.faults import Fault, Faults
+from megarq.data.faults import Fault, Faults, TooManyFaultsError
 from megarq.errors import DataError
 
 
@@ -17,7 +17,9 @@ def test_too_many_skipped_samples_stop_the_run() -> None:
     faults = Faults(0.01)
     faults.count_seen(2000)
     skip(faults, 20)
-    with pytest.raises(DataError, match=r"21 bad samples of 2000 seen.* rate of 0\.01 \(21 no image; .*k in a\.tar"):
+    with pytest.raises(
+        TooManyFaultsError, match=r"21 bad samples of 2000 seen.* rate of 0\.01 \(21 no image; .*k in a\.tar"
+    ):
         skip(faults)
 
 

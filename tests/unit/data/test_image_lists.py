@@ -62,6 +62,15 @@ def test_all_captions_of_coco_are_kept(listed):
     assert listed("captions_train2014.json", content) == {"cat/a.jpg": ["one.", "two"], "cat/b.jpg": ["zwei"]}
 
 
+def test_what_no_sample_is_made_of_is_counted(photos, tmp_path):
+    (tmp_path / "c.json").write_text(coco((1, "one")))
+    unused = list_captioned(open_store(photos), tmp_path / "c.json", Faults()).unused
+    assert unused == {"images of the JSON without annotation": 2, "pictures that no row names": 5}
+    for name in ("cat/a.txt", "cat/alone.txt"):
+        (photos / name).write_text("x")
+    assert folder(photos).unused == {".txt files without a picture": 1}
+
+
 def addresses(count: int, row: str = "{caption}\t{url}", header: bool = False) -> str:
     lines = [row.format(caption=f'caption "{number}, with', url=f"http://x/{number}") for number in range(count)]
     return "\n".join([row.format(caption="caption", url="url")] * header + lines) + "\n"

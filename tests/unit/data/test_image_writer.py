@@ -148,7 +148,8 @@ def test_a_damaged_file_of_a_zip_is_a_fault(make: Callable, photos: Path, tmp_pa
 def test_faults_are_told_at_the_end(make: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.csv").write_text("image,caption\ncat/a.png,a\ncat/gone.png,b\n")
     make("--captions", str(tmp_path / "c.csv"), "--max-bad-rate", "0.5")
-    assert "1 x missing file" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 x missing file" in printed and "pictures that no row names, left out" in printed
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable
-from itertools import islice
+from itertools import count, islice, product
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import torch
 
 from megarq.data.code_shards import CodeShards
 from megarq.data.loader import CodeBatch, CodeLoader, validation_batches
-from megarq.data.mixture import Mixture
+from megarq.data.mixture import MixedOrder, Mixture
 from megarq.data.order import LoaderState, hash_array
 from megarq.errors import DataError
 
@@ -59,6 +59,13 @@ def collect(shares: list[list[CodeBatch]], step: int) -> list[tuple[object, ...]
     return sorted(row for share in shares for row in rows(share[step]))
 
 
+class ManyLanes(Mixture):
+    """A mixture read in small windows: with as many lanes as large data have, every worker of every rank has some."""
+
+    def order(self, seed: int) -> MixedOrder:
+        return MixedOrder([folder.block_sizes for folder in self.folders], self.counts, seed, window=24)
+
+
 @pytest.fixture
 def codes(make_codes: MakeCodes) -> CodeShards:
     """1,100 samples: four lanes."""
@@ -67,37 +74,60 @@ def codes(make_codes: MakeCodes) -> CodeShards:
 
 @pytest.fixture
 def mixture(codes: CodeShards, make_codes: MakeCodes) -> Mixture:
-    """Two folders with samples left out of the first, 1,080 samples once, and 700 half: 1,430 in an epoch."""
-    return Mixture([codes.without(range(290, 310)), make_codes([[400, 300]], name="more", draws=3)], [1, 0.5])
+    """Two folders with samples left out of the first, 1,080 samples once, and 700 half: 1,430 in an epoch, 59 lanes."""
+    return ManyLanes([codes.without(range(290, 310)), make_codes([[400, 300]], name="more", draws=3)], [1, 0.5])
 
 
-@pytest.mark.parametrize(("kind", "world_size"), [*(("codes", n) for n in (2, 3, 4, 8)), ("mixture", 3)])
-def test_ranks_together_see_the_global_batches(kind: str, world_size: int, request: pytest.FixtureRequest) -> None:
-    data = request.getfixturevalue(kind)
-    steps = 48 if kind == "codes" else 61  # beyond the seam
-    whole = take(data, steps)
-    shares = [take(data, steps, rank=rank, world_size=world_size) for rank in range(world_size)]
-    for step, batch in enumerate(whole):
-        assert all(len(share[step].sample_ids) == BATCH // world_size for share in shares)
-        assert all(share[step].state == batch.state for share in shares)
-        assert collect(shares, step) == rows(batch)
+@pytest.fixture
+def forkless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the parts of all workers made by turns in this process: forks cost a hundred times as much."""
+    monkeypatch.setattr("megarq.data.loader.batches_in_order", lambda make, workers, prefetch: map(make, count()))
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-def test_workers_change_nothing(mixture: Mixture, workers: int) -> None:
-    assert all(is_equal(a, b) for a, b in zip(take(mixture, 61), take(mixture, 61, workers=workers), strict=True))
-
-
-@pytest.mark.parametrize(("world_size", "workers"), [(3, 0), (2, 1), pytest.param(8, 4, marks=pytest.mark.full)])
-def test_resuming_at_random_steps_on_another_number_of_ranks_and_workers_goes_on_exactly(
-    mixture: Mixture, world_size: int, workers: int
+def assert_shared(
+    data: CodeShards | Mixture, whole: list[CodeBatch], world_size: int, workers: int, start: LoaderState | None = None
 ) -> None:
+    """That the ranks together get `whole`, which comes after `start`."""
+    size = len(whole[0].sample_ids)
+    options = {"global_batch_size": size, "world_size": world_size, "workers": workers, "start": start}
+    shares = [take(data, len(whole), rank=rank, **options) for rank in range(world_size)]
+    for step, batch in enumerate(whole):
+        assert all(len(share[step].sample_ids) == size // world_size for share in shares)
+        assert all(share[step].state == batch.state for share in shares)
+        assert collect(shares, step) == rows(batch), (step, world_size, workers)
+
+
+COUNTS = list(product([1, 2, 3, 4, 8], [0, 1, 4]))
+"""(ranks, workers of each)."""
+
+
+@pytest.mark.usefixtures("forkless")
+@pytest.mark.parametrize(("world_size", "workers"), COUNTS)
+def test_ranks_and_workers_together_see_the_global_batches(mixture: Mixture, world_size: int, workers: int) -> None:
+    assert_shared(mixture, take(mixture, 13, global_batch_size=120), world_size, workers)  # beyond the seam
+
+
+def test_ranks_without_a_lane_of_their_own_take_what_the_others_have_too_much(codes: CodeShards) -> None:
+    assert_shared(codes, take(codes, 48), world_size=8, workers=0)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "workers"),
+    [(1, 1), (1, 4), (2, 4), (3, 1), *(pytest.param(ranks, 4, marks=pytest.mark.full) for ranks in (3, 4, 8))],
+)
+def test_worker_processes_make_the_same_batches(mixture: Mixture, world_size: int, workers: int) -> None:
+    _, before, *whole = take(mixture, 14, global_batch_size=120)  # beyond the seam
+    assert_shared(mixture, whole, world_size, workers, before.state)
+
+
+@pytest.mark.usefixtures("forkless")
+def test_resuming_at_random_steps_on_another_number_of_ranks_and_workers_goes_on_exactly(mixture: Mixture) -> None:
     whole = take(mixture, 100)
-    for step in np.random.default_rng(0).integers(1, 98, 20 if workers == 0 else 2).tolist():
-        state = whole[step - 1].state
-        options = {"start": state, "world_size": world_size, "workers": workers}
-        shares = [take(mixture, 2, rank=rank, **options) for rank in range(world_size)]
-        assert all(collect(shares, ahead) == rows(whole[step + ahead]) for ahead in range(2))
+    random = np.random.default_rng(0)
+    for step, counts in zip(
+        random.integers(1, 98, 20).tolist(), random.permutation([*COUNTS, *COUNTS[:5]]).tolist(), strict=True
+    ):
+        assert_shared(mixture, whole[step : step + 2], *counts, start=whole[step - 1].state)
 
 
 def test_an_epoch_of_interruptions_loses_and_repeats_no_sample(mixture: Mixture) -> None:

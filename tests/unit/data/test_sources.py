@@ -29,14 +29,19 @@ def read(source: str) -> bytes:
 @pytest.mark.parametrize(
     ("source", "local", "name"),
     [
-        ("shards/a.tar", True, "a.tar"),
-        ("s3://bucket/x/a.tar", False, "a.tar"),
-        ("https://host/a.tar?signature=b/c", False, "a.tar"),
-        ("pipe:cat x/a.tar", False, "pipe:cat x/a.tar"),
+        ("/data/cc3m/a.tar", True, "cc3m/a.tar"),
+        ("s3://bucket/x/cc3m/a.tar", False, "cc3m/a.tar"),
+        ("https://host/a.tar?signature=b/c", False, "host/a.tar?4a8c5cb1f56c"),
+        ("pipe:cat x/a.tar", False, "pipe:cc5db9da19f9"),
     ],
 )
 def test_kinds_and_names_of_sources(source: str, local: bool, name: str) -> None:
     assert (is_local(source), source_name(source)) == (local, name)
+
+
+def test_a_path_has_one_name_from_wherever_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert source_name("a.tar") == source_name(f"{tmp_path}/a.tar") == f"{tmp_path.name}/a.tar"
 
 
 def test_every_kind_of_source_is_read(tmp_path: Path, server: FlakyServer, memory: fsspec.AbstractFileSystem) -> None:

@@ -86,6 +86,14 @@ def test_bytes_that_are_no_whole_picture_are_a_data_error(data: bytes) -> None:
         decode_rgb(data)
 
 
+def test_a_damaged_exif_block_is_a_data_error() -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    whole = encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)
+    with pytest.raises(DataError, match="no attribute 'encode'"):  # a description that is a number
+        decode_rgb(whole.replace(b"\x01\x1a\x00\x05", b"\x01\x0e\x00\x05"))
+
+
 def test_tensors_span_minus_one_to_one() -> None:
     image = Image.new("RGB", (2, 1))
     image.putpixel((1, 0), (255, 255, 0))

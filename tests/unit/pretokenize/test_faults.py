@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from captioned_tars import contents, picture, write_tar
 
 from megarq.data.code_shards import CodeShards
@@ -17,6 +19,7 @@ from megarq.data.files import expand_shards
 from megarq.data.manifest import CodeSettings, Manifest
 from megarq.errors import DataError
 from megarq.pretokenize.decoder import Decoder
+from megarq.rqvae.model import RQVAE
 
 Run = Callable[..., Manifest]
 
@@ -50,6 +53,55 @@ def test_a_truncated_shard_keeps_its_whole_samples(run: Run, sources: list[str],
     kept = manifest.shards[0].samples
     assert manifest.faults == {"truncated shard": 1} and 0 < kept < 11
     assert keys(tmp_path / "codes") == numbered(*range(kept), *range(11, 21))
+
+
+def test_a_mended_image_shard_alone_is_read_again(
+    run: Run, sources: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run("whole")
+    data = Path(sources[0]).read_bytes()
+    Path(sources[0]).write_bytes(data[: len(data) // 2])
+    run(max_bad_rate=0.2)
+    made = (tmp_path / "codes" / "000001.tar").stat().st_mtime_ns
+    Path(sources[0]).write_bytes(data)
+    run()
+    assert contents(tmp_path / "codes") == contents(tmp_path / "whole")
+    assert (tmp_path / "codes" / "000001.tar").stat().st_mtime_ns == made
+    assert f"making 000000.tar again: images/00000.tar had {len(data) // 2} bytes, now {len(data)}" in caplog.text
+
+
+def test_one_bad_shard_does_not_end_a_run_whose_whole_is_good(
+    run: Run, sources: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tar(Path(sources[0]), [(f"bad{number}.txt", b"no picture") for number in range(1100)])
+    with pytest.raises(DataError, match="1100 bad samples of 1110 seen"):
+        run(max_bad_rate=0.5)
+    assert "bad1099" in caplog.text  # 550 of the first shard's would end it
+
+
+def test_pictures_without_finite_latents_are_left_out(
+    run: Run, rqvae: RQVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("whole")
+    encode, passes = rqvae.encode, iter(range(100))
+
+    def overflowing(images: torch.Tensor) -> torch.Tensor:
+        """Batches of 4, 1, 4, 1, 1: the second block's all, and a row of the first's."""
+        latents, number = encode(images), next(passes)
+        if number in (2, 3):
+            latents[:] = torch.nan
+        if number == 0:
+            latents[1] = torch.inf
+        return latents
+
+    monkeypatch.setattr(rqvae, "encode", overflowing)
+    manifest = run(max_bad_rate=0.5)
+    assert keys(tmp_path / "codes") == numbered(0, 2, 3, 4, *range(10, 21))
+    assert manifest.shards[0].faults == {"not finite": 6} and manifest.shards[0].skipped == 6
+    ours, whole = (CodeShards.open(tmp_path / name) for name in ("codes", "whole"))
+    zeros, rows = np.zeros(4, int), np.array([0, 2, 3, 4])
+    assert np.array_equal(ours.read_codes(zeros, np.arange(4)), whole.read_codes(zeros, rows))
+    assert all(np.isfinite(manifest.perplexity))
 
 
 def test_a_sample_without_caption_is_used_and_counted(run: Run, sources: list[str], tmp_path: Path) -> None:

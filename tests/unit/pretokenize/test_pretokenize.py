@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from captioned_tars import contents, small_rqvae
+from captioned_tars import contents, small_rqvae, write_tars
 
 from megarq.data.code_shards import CodeShards
 from megarq.data.faults import Faults
@@ -34,7 +34,7 @@ def test_each_image_shard_becomes_one_code_shard_of_small_blocks(run: Callable[.
     manifest = run()
     assert [shard.file for shard in manifest.shards] == ["000000.tar", "000001.tar", "000002.tar"]
     assert [[block.samples for block in shard.blocks] for shard in manifest.shards] == [[5, 5, 1], [4], [5, 1]]
-    assert [shard.source for shard in manifest.shards] == ["00000.tar", "00001.tar", "00002.tar"]
+    assert [shard.source for shard in manifest.shards] == [f"images/0000{n}.tar" for n in range(3)]
 
 
 def test_codes_are_the_rqvaes(run: Callable[..., Manifest], rqvae: RQVAE, sources: list[str], tmp_path: Path) -> None:
@@ -93,13 +93,14 @@ def test_halved_precision_gives_nearly_the_same_codes(
     assert halved.settings.precision == precision and 0.8 < agreement[..., 0].mean() <= 1.0
 
 
-def test_latents_that_overflow_are_refused(run: Callable[..., Manifest], rqvae: RQVAE, tmp_path: Path) -> None:
+def test_latents_that_all_overflow_are_refused(run: Callable[..., Manifest], caplog: pytest.LogCaptureFixture) -> None:
     large = small_rqvae(0)
     with torch.no_grad():
         large.quant_conv.bias.fill_(1e5)
-    with pytest.raises(DataError, match=r"latents of k0 in .*00000\.tar are not finite in fp16. Use --precision bf16"):
+    with pytest.raises(DataError, match=r"21 bad samples of 21 seen.*\(21 not finite"):
         run(model=large, precision="fp16", latent_shape=None)
-    run(model=large, precision="bf16", latent_shape=None)
+    assert "00002.tar: not finite: its latents in fp16; try --precision bf16" in caplog.text
+    run("bf16", model=large, precision="bf16", latent_shape=None)
 
 
 def test_a_shards_bytes_do_not_depend_on_the_other_shards(
@@ -199,10 +200,11 @@ def test_more_image_shards_may_be_appended(run: Callable[..., Manifest], sources
     ("changes", "message"),
     [
         ({"temperature": 1.0}, "begun with temperature=0.5, this command has temperature=1.0"),
+        ({"threads": 2}, "begun with threads=0, this command has threads=2"),
         ({"draws": 3}, "begun with draws=2, this command has draws=3"),
         ({"model": small_rqvae(1)}, "begun with fingerprint="),
     ],
-    ids=["temperature", "draws", "rqvae"],
+    ids=["temperature", "threads", "draws", "rqvae"],
 )
 def test_a_folder_of_other_settings_is_refused(
     run: Callable[..., Manifest], changes: dict[str, object], message: str
@@ -214,8 +216,14 @@ def test_a_folder_of_other_settings_is_refused(
 
 def test_a_folder_of_another_source_is_refused(run: Callable[..., Manifest], sources: list[str]) -> None:
     run()
-    with pytest.raises(DataError, match=r"000000\.tar was made from 00000\.tar, but image shard 0 is now 00001\.tar"):
+    with pytest.raises(DataError, match=r"made from images/00000\.tar, but image shard 0 is now images/00001\.tar"):
         run(given=[sources[1], sources[0], sources[2]])
+
+
+def test_a_folder_of_another_data_set_is_refused(run: Callable[..., Manifest], tmp_path: Path) -> None:
+    run(given=write_tars(tmp_path / "cc3m", (1, 1)))
+    with pytest.raises(DataError, match=r"made from cc3m/00000\.tar, but image shard 0 is now cc12m/00000\.tar"):
+        run(given=write_tars(tmp_path / "cc12m", (1, 1)))
 
 
 def test_a_folder_of_more_sources_is_refused(run: Callable[..., Manifest], sources: list[str]) -> None:
@@ -262,8 +270,14 @@ def test_the_command_makes_a_folder_that_carries_its_rqvae(
     output = tmp_path / "codes"
     pattern = str(Path(sources[0]).parent / "*.tar")
     options = ["--rqvae", str(tmp_path / "rqvae"), "--output", str(output), "--device", "cpu", "--draws", "1"]
-    tool.main([*options, "--data", pattern])
+    threads = torch.get_num_threads()
+    try:
+        tool.main([*options, "--data", pattern, "--threads", "2"])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
     codes = CodeShards.open(output)
+    assert codes.settings.threads == 2
     codes.check_fingerprint(fingerprint(load_rqvae(output)))
     printed = capsys.readouterr().out
     assert "21 samples in 3 shards" in printed and "perplexity of Q at temperature 0.5, depth 1 to 3: " in printed

@@ -11,13 +11,14 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from captioned_tars import picture, small_rqvae
+from captioned_tars import picture, small_rqvae, write_tar
 from PIL import Image
 from tiny_codes import image_tar, tiny_codes
 
 from megarq.data.code_shards import CodeShards
 from megarq.errors import ConfigError, DataError
 from megarq.inference.pretrained import save_rqvae
+from megarq.pretokenize.pictures import names
 from megarq.pretokenize.verify import Report, Status, verify
 from megarq.text.training import train_tokenizer
 
@@ -76,8 +77,8 @@ def edit_manifest(codes: Path, change: Callable[[dict[str, object]], object]) ->
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_undamaged_folder_passes_every_check(codes: Path, workers: int) -> None:
-    report, samples = verify(codes, rqvae=small_rqvae(0), workers=workers, progress=False)
-    assert report.passed() and samples is not None and len(samples) == sum(COUNTS)
+    report, whole = verify(codes, rqvae=small_rqvae(0), workers=workers, progress=False)
+    assert report.passed() and whole is not None and whole.samples == sum(COUNTS)
     assert {check.status for check in report.checks if check.name != "codebook"} == {Status.OK}, report.text()
 
 
@@ -193,8 +194,8 @@ def test_another_rqvae_in_the_folder_fails(codes: Path) -> None:
 
 def test_a_damaged_shard_leaves_the_others_to_be_looked_at(codes: Path) -> None:
     (codes / "000000.tar").unlink()
-    report, samples = verify(codes, progress=False)
-    assert samples is not None and len(samples) == 10 and samples.name(0) == "000001.tar/k11"
+    report, whole = verify(codes, progress=False)
+    assert whole is not None and whole.samples == 10 and names(whole, [0]) == ["000001.tar/k11"]
     assert report.facts["damaged shards"] == 1
 
 
@@ -255,10 +256,28 @@ def test_the_command_reconstructs_and_draws_a_grid(tool: ModuleType, made: Path,
         assert np.asarray(sheet).min() < 50 and sheet.width > 1000
 
 
+def test_originals_are_read_with_the_caption_field_of_the_codes(tool: ModuleType, tmp_path: Path) -> None:
+    said = {"png": picture(0), "txt": b"\xff", "json": b'{"text": "a picture"}'}
+    write_tar(tmp_path / "0.tar", {f"k.{extension}": data for extension, data in said.items()})
+    images = str(tmp_path / "0.tar")
+    codes = tiny_codes(tmp_path / "codes", [images], small_rqvae(0), caption_field="text")
+    tool.main([str(codes), "--images", images, "--device", "cpu"])
+
+
+def test_the_command_refuses_image_shards_of_one_name(tool: ModuleType, made: Path, tmp_path: Path) -> None:
+    shards = [tmp_path / folder / "images" / "00000.tar" for folder in "ab"]
+    for shard in shards:
+        shard.parent.mkdir(parents=True)
+        image_tar(shard, [])
+    with pytest.raises(DataError, match="have the same name in manifests"):
+        tool.main([str(made / "codes"), "--images", *map(str, shards)])
+
+
 def test_the_command_fails_with_other_pictures_under_the_same_keys(
     tool: ModuleType, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = image_tar(tmp_path / "00000.tar", [(f"k{n}", picture(n + 100), "x") for n in range(1, 11)])
+    (tmp_path / "images").mkdir()
+    other = image_tar(tmp_path / "images" / "00000.tar", [(f"k{n}", picture(n + 100), "x") for n in range(1, 11)])
     with pytest.raises(SystemExit, match="1"):
         tool.main([str(made / "codes"), "--images", other, "--device", "cpu"])
     printed = capsys.readouterr().out

@@ -5,7 +5,7 @@ import fcntl
 import multiprocessing
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,8 @@ import pytest
 from captioned_tars import contents
 
 from megarq.data.code_writer import write_shard
-from megarq.data.manifest import CodeSettings, save_record
+from megarq.data.manifest import CodeSettings, Manifest, save_record
+from megarq.data.sources import source_name
 from megarq.errors import DataError
 from megarq.pretokenize.crew import find_crew
 from megarq.pretokenize.work import Work
@@ -29,7 +30,7 @@ def work(settings: CodeSettings, tmp_path: Path) -> Work:
 
 def make(work: Work, index: int, skipped: int = 0) -> None:
     """An empty shard and its record."""
-    record = write_shard(work.folder, index, work.settings, f"{index}.tar", [])
+    record = write_shard(work.folder, index, work.settings, source_name(work.sources[index]), [])
     save_record(work.folder, work.settings, replace(record, skipped=skipped))
 
 
@@ -88,6 +89,37 @@ def test_a_folder_that_others_still_fill_is_left_to_them(work: Work, rqvae: RQVA
         made_by(work, work.take(1, 2))
         assert work.finish(rqvae, {}, 0.01) is None
     assert not (work.folder / "manifest.json").exists()
+
+
+def test_a_shard_that_another_worker_completed_is_not_made_again(
+    run: Callable[..., Manifest], rqvae: RQVAE, sources: list[str], settings: CodeSettings, tmp_path: Path
+) -> None:
+    run(given=sources[:2])
+    late = Work(tmp_path / "codes", settings, sources)
+    run(given=sources)
+    assert list(late.take(0, 1)) == []
+
+
+def test_completing_a_folder_leaves_half_files_of_others_alone(
+    run: Callable[..., Manifest], sources: list[str], settings: CodeSettings, tmp_path: Path
+) -> None:
+    run()
+    half = tmp_path / "codes" / ".000001.tar.tmp"
+    half.write_bytes(b"half")
+    (tmp_path / "codes" / "000001.tar").rename(tmp_path / "away")
+    with closing(Work(tmp_path / "codes", settings, sources).take(0, 1)) as busy:
+        assert next(busy) == 1
+        (tmp_path / "away").rename(tmp_path / "codes" / "000001.tar")
+        run()
+        assert half.exists()
+    run()
+    assert not half.exists()
+
+
+def test_a_file_named_twice_is_refused(settings: CodeSettings, sources: list[str], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(Path(sources[0]).parent)
+    with pytest.raises(DataError, match=r"--data names .*00000\.tar 2 times"):
+        Work(tmp_path, settings, [*sources, str(tmp_path / "link" / "00000.tar")])
 
 
 def test_bad_samples_are_judged_over_all_workers_shards(work: Work, rqvae: RQVAE) -> None:
