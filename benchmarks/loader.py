@@ -7,8 +7,6 @@ sample as members of its own. Every figure is the median of several passes; all 
 import argparse
 import io
 import json
-import os
-import platform
 import shlex
 import statistics
 import sys
@@ -17,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,6 +33,7 @@ from megarq.data.manifest import CodeSettings, Manifest
 from megarq.data.mixture import Mixture
 from megarq.engine.transformer_run import encode_caption
 from megarq.files import write_atomically
+from megarq.launch.machine import describe_machine
 from megarq.text.tokenizer import TextTokenizer
 from megarq.text.training import train_tokenizer
 
@@ -80,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     median = {name: round(statistics.median(rate)) for name, rate in rates.items()}
     busy = {name: round(samples[name] / statistics.median(taken)) for name, taken in cpu_seconds.items()}
     result = {
-        "machine": machine(),
+        "machine": describe_machine(),
         "command": f"python benchmarks/loader.py {shlex.join(sys.argv[1:])}".strip(),
         "batch": args.batch,
         "code_shape": [8, 8, 4],
@@ -200,13 +198,6 @@ def make_members(file: Path, samples: int) -> str:
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     return str(file)
-
-
-def machine() -> dict[str, object]:
-    """Where and with what the numbers were measured."""
-    versions = {name: version(name) for name in ("megarq", "torch", "numpy", "webdataset", "tokenizers")}
-    load = round(os.getloadavg()[0], 1)
-    return {"cores": len(os.sched_getaffinity(0)), "load": load, "python": platform.python_version(), **versions}
 
 
 if __name__ == "__main__":

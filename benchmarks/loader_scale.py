@@ -29,6 +29,7 @@ from megarq.data.manifest import Manifest
 from megarq.data.mixture import Mixture
 from megarq.data.order import LoaderState
 from megarq.files import write_atomically
+from megarq.launch.machine import describe_machine
 
 EXAMPLE = "example:\n  python benchmarks/loader_scale.py --json benchmarks/results/loader-scale.json"
 SHARDS, SAMPLES = 3000, 10_000
@@ -56,8 +57,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         codes, rank, position = args.one_rank
         print(json.dumps(one_rank(Path(codes), int(rank), args.ranks[0], int(position), args)))
         return
-    from loader import machine  # not at the top: it brings DeepSpeed, which would count as memory of every rank
-
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         codes = make_folder(Path(folder))
         runs = [(ranks, rank) for ranks in args.ranks for rank in sorted({0, ranks // 3, ranks - 1})]
@@ -68,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             measured[ranks].append({"rank": rank, "start": start, "resumed_in_mid_epoch": resumed})
     whole = measured[args.ranks[0]][0]["start"]["bytes_read"] * args.ranks[0]
     result = {
-        "machine": machine(),
+        "machine": describe_machine(),
         "command": f"python benchmarks/loader_scale.py {shlex.join(sys.argv[1:])}".strip(),
         "samples": SHARDS * SAMPLES,
         "data": f"manifest of {SHARDS} shards; the shards are hard links to one",
@@ -132,13 +131,14 @@ def one_rank(codes: Path, rank: int, ranks: int, position: int, args: argparse.N
     batches = iter(loader)
     next(batches)
     first = time.perf_counter() - start
-    at_first = peak_mib()
+    at_first, private_at_first = peak_mib(), peak_mib(private=True)
     samples = sum(len(batch.codes) for batch in islice(batches, args.steps - 1)) + args.batch // ranks
     return {
         "seconds_to_open": round(opened, 2),
         "seconds_to_first_batch": round(first, 2),
         "peak_mib_before": before,
         "peak_mib_at_first_batch": at_first,
+        "peak_private_mib_at_first_batch": private_at_first,
         "peak_mib_at_end": peak_mib(),
         "samples": samples,
         "bytes_read": bytes_read() - read,
@@ -153,9 +153,14 @@ def open_shards() -> int:
         return sum(Path(file.path).resolve().suffix == ".tar" for file in files)
 
 
-def peak_mib() -> int:
-    """The most memory that this process ever had, its libraries included (getrusage's would be its parent's)."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 // MIB
+def peak_mib(private: bool = False) -> int:
+    """The most memory that this process ever had (getrusage's would be its parent's).
+
+    private: without the pages of files, torch's libraries above all, which the processes of a machine share.
+    """
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    kib = int(status["VmHWM"].split()[0]) - private * int(status["RssFile"].split()[0])
+    return kib * 1024 // MIB
 
 
 def bytes_read() -> int:

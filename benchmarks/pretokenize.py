@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from loader import machine
 from PIL import Image
 
 from megarq import cli
@@ -33,6 +32,7 @@ from megarq.data.transforms import TRANSFORMS
 from megarq.errors import ConfigError
 from megarq.files import write_atomically
 from megarq.inference.pretrained import find_device, load_rqvae
+from megarq.launch.machine import describe_machine
 from megarq.pretokenize.decoder import Batch, Decoder
 from megarq.pretokenize.encoder import PRECISIONS, BlockEncoder
 from megarq.pretokenize.run import code_settings, make_shard
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sources = expand_shards(args.data) if args.data else made_up_shards(Path(folder), args.images, size)
         result = measure(rqvae, settings, sources, device, args.workers, args.repeats)
     given = {name: str(value) for name, value in vars(args).items() if value is not None and name != "json"}
-    result |= {"weights": "trained" if args.rqvae else "random", "options": given, "machine": machine()}
+    result |= {"weights": "trained" if args.rqvae else "random", "options": given, "machine": describe_machine()}
     result["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     print(json.dumps(result, indent=2))
     if args.json:

@@ -22,6 +22,7 @@ from megarq import ImageGenerator, cli
 from megarq.data.code_shards import CodeShards
 from megarq.errors import ConfigError
 from megarq.files import write_atomically
+from megarq.launch.machine import describe_machine
 from megarq.parallel.initialization import named_generator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {"seeds": args.seeds, "drawings": args.drawings, "temperature": args.temperature}
     perplexity = codes.manifest.perplexity
     report = {"command": command, **settings, "perplexity_of_q": perplexity, "targets": ways}
-    write_atomically(args.json, json.dumps(report | {"machine": study.walk.machine()}, indent=2) + "\n")
+    write_atomically(args.json, json.dumps(report | {"machine": describe_machine()}, indent=2) + "\n")
     print(
         f"\n{table(ways)}\n\nentropy of Q, the least possible loss against it: {ways['8 draws']['entropy']['mean']:.4f}"
     )

@@ -31,6 +31,7 @@ from megarq.engine.transformer_task import TransformerTask
 from megarq.errors import ConfigError
 from megarq.files import write_atomically
 from megarq.launch.environment import read_environment
+from megarq.launch.machine import describe_machine
 from megarq.launch.process_group import joined, rank_device
 from megarq.parallel.topology import ProcessGroups
 from megarq.planning.communication import Links
@@ -179,7 +180,7 @@ def summary(
     achieved = flops * train.global_batch_size / median / topology.world_size
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
+        "machine": describe_machine(),
         "layout": {"dp": topology.dp, "tp": topology.tp, "pp": topology.pp, "zero": ds["zero_optimization"]["stage"]},
         "kernels": choose_kernels(train.kernels, device, ds).describe(),
         "precision": train.precision,

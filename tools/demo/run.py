@@ -8,15 +8,12 @@ OUTPUT/report.json and OUTPUT/samples.png. An interrupted demo goes on where it 
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -29,6 +26,7 @@ from megarq import ImageGenerator, cli
 from megarq.data.code_shards import CodeShards
 from megarq.errors import MegarqError
 from megarq.files import write_atomically
+from megarq.launch.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 DRAWS, TEMPERATURE = 8, 0.01
@@ -179,13 +177,6 @@ def last_validation(metrics: Path) -> float:
     return float(next(line["validation_loss"] for line in reversed(lines) if "validation_loss" in line))
 
 
-def machine() -> dict[str, object]:
-    """Where and with what the numbers were measured."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions = {name: version(name) for name in ("megarq", "torch", "deepspeed")}
-    return {"cores": len(os.sched_getaffinity(0)), "gpu": gpu, "python": platform.python_version(), **versions}
-
-
 def show(report: dict[str, object], output: Path) -> None:
     """The table at the end."""
     print()
@@ -230,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     report = judge(output)
     seconds["judge"] = time.monotonic() - start
     report["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
-    report["machine"] = machine()
+    report["machine"] = describe_machine()
     write_atomically(output / "report.json", json.dumps(report, indent=2) + "\n")
     show(report, shown)
 
