@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of the encoder on a CPU (default 1)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each, of which the median counts (default 3)")
+    parser.add_argument(
+        "--agreement", type=int, default=256, help="pictures encoded in bf16 and fp16 too, slow on a CPU (default 256)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", metavar="OUT", help="write the result to this file")
     return parser.parse_args(argv)
@@ -72,8 +75,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = parse(argv)
-    if min(args.images, args.repeats) < 1 or args.images % 2:
-        raise ConfigError(f"--images {args.images} --repeats {args.repeats}: give an even number, and 1 or more.")
+    if min(args.images, args.repeats, args.agreement) < 1 or args.images % 2:
+        raise ConfigError(
+            f"--images {args.images} --repeats {args.repeats} --agreement {args.agreement}: give 1 or more of each, "
+            "and an even number of images."
+        )
     torch.set_num_threads(args.threads)
     device = find_device(args.device)
     rqvae = (load_rqvae(args.rqvae, device) if args.rqvae else random_rqvae(args.model).to(device)).eval()
@@ -89,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         size = args.size or 2 * settings.resolution
         sources = expand_shards(args.data) if args.data else made_up_shards(Path(folder), args.images, size)
-        result = measure(rqvae, settings, sources, device, args.workers, args.repeats)
+        result = measure(rqvae, settings, sources, device, args)
     given = {name: str(value) for name, value in vars(args).items() if value is not None and name != "json"}
     result |= {"weights": "trained" if args.rqvae else "random", "options": given, "machine": describe_machine()}
     result["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -131,16 +137,16 @@ def made_up_shards(folder: Path, images: int, width: int) -> list[str]:
 
 
 def measure(
-    rqvae: RQVAE, settings: CodeSettings, sources: Sequence[str], device: torch.device, workers: int, repeats: int
+    rqvae: RQVAE, settings: CodeSettings, sources: Sequence[str], device: torch.device, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Images per second of the parts and the whole, by turns; and how far other precisions agree."""
     encoder = BlockEncoder(rqvae, settings, device)
-    with Decoder(settings, workers) as decoder:
+    with Decoder(settings, args.workers) as decoder:
         ready = list(chain.from_iterable(decoder.batches(source, Faults()) for source in sources))
         images = sum(len(batch.samples) for batch in ready)
         list(encoder.blocks(ready[:1], []))  # whatever the first batch alone must wait for
         seconds: dict[str, list[float]] = {"decode": [], "encode": [], "whole": []}
-        for _ in range(repeats):
+        for _ in range(args.repeats):
             seconds["decode"].append(timed(lambda: [decode_all(decoder, source) for source in sources]))
             seconds["encode"].append(timed(lambda: list(encoder.blocks(ready, []))))
             with tempfile.TemporaryDirectory() as output:
@@ -148,6 +154,7 @@ def measure(
                 seconds["whole"].append(timed(lambda work=work: fill(decoder, encoder, work)))  # type: ignore[misc]
     speed = {name: images / statistics.median(each) for name, each in seconds.items()}
     parts = (speed["decode"], speed["encode"])
+    few = ready[: -(-args.agreement // settings.batch_size)]
     least = sum(1 / part for part in parts) if device.type == "cpu" else 1 / min(parts)  # seconds for a picture
     return {
         "images": images,
@@ -155,7 +162,7 @@ def measure(
         "efficiency": speed["whole"] * least,
         "seconds": seconds,
         "agreement_with_fp32": {
-            precision: agreement(rqvae, settings, ready, device, precision) for precision in ("bf16", "fp16")
+            precision: agreement(rqvae, settings, few, device, precision) for precision in ("bf16", "fp16")
         },
     }
 
@@ -183,12 +190,11 @@ def timed(run: Any) -> float:
 def agreement(
     rqvae: RQVAE, settings: CodeSettings, batches: Sequence[Batch], device: torch.device, precision: str
 ) -> list[float]:
-    """Share of equal argmin codes, per depth: this precision beside fp32, on the first 256 pictures or so."""
-    few = list(islice(batches, -(-256 // settings.batch_size)))
+    """Share of equal argmin codes, per depth: this precision beside fp32."""
     codes = []
     for name in ("fp32", precision):
         encoder = BlockEncoder(rqvae, replace(settings, precision=name, compiled=False), device)
-        stacks = [rqvae.quantize(encoder.encode(batch.pictures)) for batch in few]
+        stacks = [rqvae.quantize(encoder.encode(batch.pictures)) for batch in batches]
         codes.append(torch.cat(stacks).cpu())
     return [round(share, 5) for share in (codes[0] == codes[1]).double().mean((0, 1, 2)).tolist()]
 

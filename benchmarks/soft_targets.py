@@ -147,13 +147,13 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def table(ways: dict[str, Any]) -> str:
     """The results in markdown."""
     lines = [
-        "| targets | loss against Q | loss against nearest codes | prompt accuracy | seconds | bytes | at 30M |",
-        "|---|---|---|---|---|---|---|",
+        "| targets | loss against Q | loss against nearest codes | prompt accuracy | bytes | at 30M |",
+        "|---|---|---|---|---|---|",
     ]
     for way, found in ways.items():
         cells = [
             f"{found[name]['mean']:.{digits}f} ± {found[name]['deviation']:.{digits}f}"
-            for name, digits in (("soft_loss", 4), ("argmin_loss", 4), ("prompt_accuracy", 3), ("seconds", 0))
+            for name, digits in (("soft_loss", 4), ("argmin_loss", 4), ("prompt_accuracy", 3))
         ]
         sizes = f"{found['bytes_per_sample']:,.0f} | {found['gigabytes_at_30m']:,.1f} GB"
         lines.append(f"| {way} | {' | '.join(cells)} | {sizes} |")
