@@ -1,17 +1,22 @@
 """Writing files so that nobody ever reads half of one."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of writing that do not name their file."""
+
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a temporary neighbour of `path` for writing; on success flush it to disk and rename it to `path`.
 
-    The temporary name is fixed (`.NAME.tmp`), so the next attempt overwrites what a killed one left behind.
+    The temporary name is fixed (`.NAME.tmp`), so the next attempt overwrites what a killed one left behind. The
+    OSError of a full disk names the file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -21,8 +26,10 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+            error.filename = str(path)
         raise
 
 

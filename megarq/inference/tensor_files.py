@@ -108,6 +108,10 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} cannot be written ({error}). Free space or choose another output folder, then run again."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,9 +1,11 @@
 """Safetensors files: parts, strictness, and what a damaged file answers."""
 
 import json
+import subprocess
 
 import pytest
 import torch
+from little_space import little_space
 
 from megarq.errors import CheckpointError
 from megarq.inference.tensor_files import read_tensors, write_tensors
@@ -107,3 +109,12 @@ def test_a_tensor_of_another_shape_is_not_read(tmp_path, tensors):
     tensors["layer.1"] = torch.zeros(8, 4)
     with pytest.raises(CheckpointError, match=r"layer.1 is \[4, 8\], not \[8, 4\]"):
         read(tmp_path, tensors)
+
+
+def test_a_full_disk_is_told_and_leaves_no_file(tmp_path, request):
+    folder = tmp_path / "full"
+    request.addfinalizer(lambda: subprocess.run(["umount", str(folder)], capture_output=True))
+    with little_space(folder, size=32 * 1024):
+        with pytest.raises(CheckpointError, match=r"model.safetensors cannot be written \(.*\). Free space"):
+            write(folder, {"layer": torch.zeros(64, 1024)})
+        assert not list(folder.iterdir())

@@ -1,17 +1,16 @@
 """What may be wrong with image shards or befall a run, provoked for real: counted, named, nothing lost or doubled."""
 
 import os
-import resource
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from captioned_tars import contents, picture, write_tar
+from little_space import little_space
 
 from megarq.data.code_shards import CodeShards
 from megarq.data.faults import Faults
@@ -146,27 +145,6 @@ def test_a_shard_that_cannot_be_read_stops_no_other(run: Run, sources: list[str]
     run()
     assert contents(tmp_path / "codes") == contents(tmp_path / "whole")
     assert (tmp_path / "codes" / "000001.tar").stat().st_mtime_ns == made
-
-
-@contextmanager
-def little_space(folder: Path, size: int) -> Iterator[None]:
-    """A full disk at `folder`: a small one of its own where we may mount it, else a limit on the size of files."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0:
-        try:
-            yield
-            subprocess.run(["mount", "-o", "remount,size=16m", str(folder)], check=True)
-        except BaseException:
-            subprocess.run(["umount", str(folder)], check=True)
-            raise
-    else:
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 4, before[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_stops_the_run_and_a_rerun_finishes_it(
