@@ -23,8 +23,9 @@ test: install
 	$(BIN)/python -m pytest tests
 
 test-full: install
-	rm -f benchmarks/results/layouts.jsonl
-	$(BIN)/python -m pytest tests --full --layout-table benchmarks/results/layouts.jsonl
+	rm -rf build/tables && mkdir -p build/tables
+	$(BIN)/python -m pytest tests --full --tables build/tables
+	mv build/tables/*.jsonl benchmarks/results/
 
 lint: install
 	$(BIN)/ruff check .

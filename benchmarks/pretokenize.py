@@ -7,6 +7,7 @@ whole * (1/decode + 1/encode). On a GPU they run side by side, so that at best t
 import argparse
 import io
 import json
+import shlex
 import statistics
 import sys
 import tarfile
@@ -96,9 +97,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         size = args.size or 2 * settings.resolution
         sources = expand_shards(args.data) if args.data else made_up_shards(Path(folder), args.images, size)
         result = measure(rqvae, settings, sources, device, args)
-    given = {name: str(value) for name, value in vars(args).items() if value is not None and name != "json"}
-    result |= {"weights": "trained" if args.rqvae else "random", "options": given, "machine": describe_machine()}
-    result["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    result = {
+        "machine": describe_machine(),
+        "command": f"python benchmarks/pretokenize.py {shlex.join(sys.argv[1:])}".strip(),
+        "model": str(args.rqvae or args.model),
+        "weights": "trained" if args.rqvae else "random",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        **result,
+    }
     print(json.dumps(result, indent=2))
     if args.json:
         write_atomically(args.json, json.dumps(result, indent=2) + "\n")
@@ -153,14 +159,19 @@ def measure(
                 work = Work(Path(output), settings, sources)
                 seconds["whole"].append(timed(lambda work=work: fill(decoder, encoder, work)))  # type: ignore[misc]
     speed = {name: images / statistics.median(each) for name, each in seconds.items()}
-    parts = (speed["decode"], speed["encode"])
     few = ready[: -(-args.agreement // settings.batch_size)]
-    least = sum(1 / part for part in parts) if device.type == "cpu" else 1 / min(parts)  # seconds for a picture
+    turns = zip(*seconds.values(), strict=True)
+    # What the parts alone take, one after the other on a CPU, whose cores they share, else beside each other.
+    least = [decode + encode if device.type == "cpu" else max(decode, encode) for decode, encode, _ in turns]
+    efficiencies = [part / whole for part, whole in zip(least, seconds["whole"], strict=True)]
     return {
         "images": images,
-        "images_per_second": speed,
-        "efficiency": speed["whole"] * least,
-        "seconds": seconds,
+        "images_per_second": {name: round(each, 3) for name, each in speed.items()},
+        "efficiency": round(statistics.median(efficiencies), 3),
+        "efficiency_of_each_turn": [round(each, 3) for each in efficiencies],
+        "share_of_decoding": round(speed["encode"] / (speed["decode"] + speed["encode"]), 4),
+        "seconds": {name: [round(each, 3) for each in all_] for name, all_ in seconds.items()},
+        "agreement_pictures": sum(len(batch.samples) for batch in few),
         "agreement_with_fp32": {
             precision: agreement(rqvae, settings, few, device, precision) for precision in ("bf16", "fp16")
         },

@@ -3,7 +3,7 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the exhaustive matrices too")
-    parser.addoption("--layout-table", help="add the deviations measured in each layout to this file, as JSON lines")
+    parser.addoption("--tables", help="add what tests measure to tables in this folder, as JSON lines")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -59,7 +59,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of the encoder's convolutions (default fp32); distances are fp32 in each",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="compile the encoder: faster on a GPU after a minute or so, not on a CPU"
+        "--compile",
+        action="store_true",
+        help="compile the encoder with torch.compile; benchmarks/pretokenize.py tells whether it pays",
     )
     parser.add_argument("--batch-size", type=int, default=64, help="pictures in one pass of the encoder (default 64)")
     parser.add_argument(

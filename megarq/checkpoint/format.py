@@ -10,6 +10,8 @@
 Worked example: a parameter [6, 4] under tp=2 (cut along dimension 0) and ZeRO over dp=2. Data rank 1 of tensor rank 0
 holds the flat range 6..11 of its [3, 4] slice: Fragment(shape=[6, 4], dim=0, part=0, parts=2, start=6), 6 numbers.
 
+A file's header holds each parameter's fragment once, {"w": [[6, 4], 0, 0, 2, 6]}: all kinds are cut alike.
+
 Kinds: "param" (fp32 master weights), "exp_avg" and "exp_avg_sq" (Adam's moments), "ema", "buffer" (whole).
 """
 
@@ -18,7 +20,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +28,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megarq.checkpoint.rank_file import OpenFiles, StoredTensor, read_numbers, read_tensor_header, write_tensor_file
+from megarq.checkpoint.rank_file import (
+    OpenFiles,
+    StoredTensor,
+    read_numbers,
+    read_tensor_header,
+    stored_tensor,
+    write_tensor_file,
+)
 from megarq.errors import CheckpointError
 
-VERSION = 1
+VERSION = 2
 METADATA = "metadata.json"
 _HEADER = "fragments"
 _DAMAGED = "the checkpoint is damaged. Use another step's folder."
@@ -122,6 +131,23 @@ class _Piece(NamedTuple):
     stored: StoredTensor
 
 
+class _Entry(NamedTuple):
+    """A fragment as a file's header tells of it. A checkpoint of many ranks has a million: they are opened when read."""
+
+    path: Path
+    place: tuple[Any, ...]
+    """The fields of a Fragment."""
+    stored: tuple[str, int, int]
+    """dtype, first byte, byte after the last."""
+
+    def open(self) -> _Piece:
+        """Raises CheckpointError where the header makes no sense."""
+        try:
+            return _Piece(self.path, Fragment(*self.place), stored_tensor(*self.stored))
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.path} cannot be read ({error}): {_DAMAGED}") from error
+
+
 def rank_file(rank: int) -> str:
     """Name of the file that a rank writes."""
     return f"rank-{rank:05d}.safetensors"
@@ -130,9 +156,12 @@ def rank_file(rank: int) -> str:
 def write_rank_file(folder: Path, rank: int, tensors: Mapping[str, tuple[Fragment, Tensor]]) -> dict[str, Any]:
     """Write one rank's fragments, keyed "<kind>/<name>"; returns the file's entry for the metadata."""
     path = folder / rank_file(rank)
-    header = {key: asdict(fragment) for key, (fragment, _) in tensors.items()}
+    places: dict[str, Fragment] = {}
+    for key, (fragment, _) in tensors.items():
+        assert places.setdefault(_name_of(key), fragment) == fragment, f"kinds of {key} are cut differently"
     numbers = {key: tensor for key, (_, tensor) in tensors.items()}
-    digest = write_tensor_file(path, numbers, {_HEADER: json.dumps(header)})
+    header = json.dumps({name: list(astuple(fragment)) for name, fragment in places.items()})
+    digest = write_tensor_file(path, numbers, {_HEADER: header})
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
 
 
@@ -143,10 +172,11 @@ class Checkpoint:
         self.folder = folder
         self.metadata = metadata
         self._files = OpenFiles()
-        self._pieces: dict[str, list[_Piece]] = defaultdict(list)
-        for entry in metadata["files"]:
-            for key, piece in _read_header(folder / entry["name"]).items():
-                self._pieces[key].append(piece)
+        self._entries: dict[str, list[_Entry]] = defaultdict(list)
+        shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # one object for each shape, however many fragments it has
+        for file in metadata["files"]:
+            for key, entry in _read_header(folder / file["name"], shapes):
+                self._entries[key].append(entry)
 
     @classmethod
     def open(cls, folder: str | Path) -> "Checkpoint":
@@ -190,7 +220,7 @@ class Checkpoint:
     def names(self, kind: str = "param") -> list[str]:
         """Full names of the tensors of a kind, sorted."""
         prefix = f"{kind}/"
-        return sorted(key.removeprefix(prefix) for key in self._pieces if key.startswith(prefix))
+        return sorted(key.removeprefix(prefix) for key in self._entries if key.startswith(prefix))
 
     def tensor(self, name: str, kind: str = "param") -> Tensor:
         """One full tensor, put together from its fragments. Raises CheckpointError where any part is missing."""
@@ -228,9 +258,10 @@ class Checkpoint:
         self._files.close()
 
     def _stored(self, name: str, kind: str) -> list[_Piece]:
-        if f"{kind}/{name}" not in self._pieces:
+        key = f"{kind}/{name}"
+        if key not in self._entries:
             raise CheckpointError(f"{self.folder} holds no {kind} of {name}: use a checkpoint of this model.")
-        return self._pieces[f"{kind}/{name}"]
+        return [entry.open() for entry in self._entries[key]]
 
     def _copy(self, piece: _Piece, runs: SharedRuns, numbers: Tensor) -> None:
         """Read runs into their places in `numbers`; short ones many at a time, with what lies between them."""
@@ -260,13 +291,17 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_header(path: Path) -> dict[str, _Piece]:
+def _name_of(key: str) -> str:
+    """The parameter's name in "<kind>/<name>"."""
+    return key.partition("/")[2]
+
+
+def _read_header(path: Path, shapes: dict[tuple[int, ...], tuple[int, ...]]) -> list[tuple[str, _Entry]]:
     try:
         metadata, stored = read_tensor_header(path)
-        places = json.loads(metadata[_HEADER])
-        return {
-            key: _Piece(path, Fragment(**{**places[key], "shape": tuple(places[key]["shape"])}), stored[key])
-            for key in stored
-        }
+        places = {}
+        for name, (shape, *cut) in json.loads(metadata[_HEADER]).items():
+            places[name] = (shapes.setdefault(tuple(shape), tuple(shape)), *cut)
+        return [(key, _Entry(path, places[_name_of(key)], entry)) for key, entry in stored.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): {_DAMAGED}") from error

@@ -70,19 +70,26 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     return digest.hexdigest()
 
 
-def read_tensor_header(path: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
-    """A file's metadata and the places of its tensors. Raises ValueError, KeyError or TypeError for another file."""
+def read_tensor_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, int, int]]]:
+    """A file's metadata, and of each tensor the dtype's name, its first byte in the file and the one after its last.
+
+    Raises ValueError, KeyError or TypeError for another file.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
             raise ValueError(f"its header claims {length} bytes")
-        header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__")
-    stored = {}
-    for key, entry in header.items():
-        dtype, (start, end) = _DTYPES[entry["dtype"]], entry["data_offsets"]
-        stored[key] = StoredTensor(dtype, (end - start) // dtype.itemsize, 8 + length + start)
-    return metadata, stored
+        entries = json.loads(file.read(length))
+    data = 8 + length
+    metadata = entries.pop("__metadata__")
+    places = {key: (entry["dtype"], *entry["data_offsets"]) for key, entry in entries.items()}
+    return metadata, {key: (dtype, data + start, data + end) for key, (dtype, start, end) in places.items()}
+
+
+def stored_tensor(dtype: str, start: int, end: int) -> StoredTensor:
+    """The tensor of an entry of a header. Raises KeyError for an unknown dtype."""
+    found = _DTYPES[dtype]
+    return StoredTensor(found, (end - start) // found.itemsize, start)
 
 
 def read_numbers(file: BufferedReader, stored: StoredTensor, start: int, into: Tensor) -> None:

@@ -26,8 +26,6 @@ from megarq.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _READ_EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls")
-_FIELDS_FROM = 100
-"""Samples of a shard that are looked at for the caption field, before a wrong name costs more."""
 _NO_IMAGE = f"none of {', '.join('.' + name for name in IMAGE_EXTENSIONS)}"
 
 T = TypeVar("T")
@@ -172,11 +170,9 @@ def read_samples(
 
     caption_field: take the captions from this field of the .json, a string or a list of them, and nowhere else. Of a
     torn shard, all whole samples are used. A flaky source is opened again, and no sample comes twice.
-    Raises: DataError for a shard that is missing, cannot be read or is no tar, for too many faults, and for a caption
-    field that none of the first samples has.
+    Raises: DataError for a shard that is missing, cannot be read or is no tar, or too many faults.
     """
     bare = []
-    fields, samples = set[str](), 0
     captioned = caption_field is not None
     for key, parts in _sound(shard, _stream_groups(shard, retry or Retry()), faults):
         image = _image(parts)
@@ -184,8 +180,7 @@ def read_samples(
             faults.skip(shard, key, Fault.NO_IMAGE, _NO_IMAGE)
             continue
         try:
-            record = _record(parts)
-            captions = _captions(record, parts, caption_field)
+            captions = _captions(parts, caption_field)
             label = _label(parts["cls"]) if "cls" in parts else None
         except (ValueError, RecursionError) as error:
             faults.skip(shard, key, Fault.UNREADABLE_TEXT, str(error))
@@ -193,14 +188,7 @@ def read_samples(
         captioned = captioned or bool(captions)
         if not captions:
             bare.append(key)
-        if samples < _FIELDS_FROM:
-            fields.update(record)
-        samples += 1
-        if samples == _FIELDS_FROM:
-            _check_field(shard, fields, caption_field)
         yield ImageSample(key, image, captions, label, shard)
-    if 0 < samples < _FIELDS_FROM:
-        _check_field(shard, fields, caption_field)
     if captioned:
         for key in bare:
             faults.note(shard, key, Fault.NO_CAPTION, "used without")
@@ -217,23 +205,11 @@ def _label(text: bytes) -> int:
     return label
 
 
-def _record(parts: dict[str, bytes]) -> dict[str, Any]:
+def _captions(parts: dict[str, bytes], field: str | None) -> list[str]:
+    """The field asked for, else the JSON's `captions`, else the text, else the JSON's `caption`; none is blank."""
     record = json.loads(parts["json"]) if "json" in parts else {}
     if not isinstance(record, dict):
         raise ValueError(f"the .json member holds a {type(record).__name__}, not an object")
-    return record
-
-
-def _check_field(shard: str, fields: set[str], wanted: str | None) -> None:
-    if wanted is not None and wanted not in fields:
-        raise DataError(
-            f"none of the first samples of shard {shard!r} has the caption field {wanted!r} in its .json, whose fields "
-            f"are {', '.join(sorted(fields)) or 'none'}. Check --caption-field."
-        )
-
-
-def _captions(record: dict[str, Any], parts: dict[str, bytes], field: str | None) -> list[str]:
-    """The field asked for, else the JSON's `captions`, else the text, else the JSON's `caption`; none is blank."""
     given: Any = record.get(field or "captions")
     if given is None and field is None:
         given = parts["txt"].decode("utf-8-sig") if "txt" in parts else record.get("caption")

@@ -37,13 +37,13 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def record_layout(request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], None]:
-    """Takes a line of the table of measured deviations, and adds it to the file that --layout-table names."""
-    table = request.config.getoption("--layout-table")
+def record(request: pytest.FixtureRequest) -> Callable[[str, dict[str, Any]], None]:
+    """Takes the name of a table and a line of what was measured, and adds it where --tables says."""
+    folder = request.config.getoption("--tables")
 
-    def record(line: dict[str, Any]) -> None:
-        if table:
-            with Path(table).open("a", encoding="utf-8") as file:
+    def record(table: str, line: dict[str, Any]) -> None:
+        if folder:
+            with (Path(folder) / f"{table}.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     return record

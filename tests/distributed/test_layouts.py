@@ -14,6 +14,8 @@ from layouts import LAYOUTS
 from tiny_runs import Metrics, engine_run, largest_deviation, metrics_of, plain_run, tiny_config
 
 STEPS, LEARNING_RATE = 10, 2e-3
+"""Adam moves a weight whose first gradient is rounding noise as far as any other, so deviations grow with the rate: the
+largest of one case was 2.9e-6 at 1e-3, 6.0e-6 at 2e-3 and 1.3e-5 at 5e-3."""
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 FACTORS: dict[str, list[Any]] = {
     "layout": list(LAYOUTS),
@@ -62,7 +64,7 @@ def reference(rank_group) -> Iterator[Callable[..., Metrics]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_losses_and_gradient_norms_are_plain_torchs(rank_group, reference, record_layout, run, case):
+def test_losses_and_gradient_norms_are_plain_torchs(rank_group, reference, record, run, case):
     layout = LAYOUTS[case.layout]
     options = {
         "steps": STEPS,
@@ -76,7 +78,7 @@ def test_losses_and_gradient_norms_are_plain_torchs(rank_group, reference, recor
     layout.on(rank_group).run(engine_run, run, tiny_config(**options), layout.ds, layout.parallel)
     expected = reference(layout.data_ranks, **options)
     deviation = largest_deviation(metrics_of(run), expected)
-    record_layout(case._asdict() | {"largest_relative_deviation": deviation})
+    record("layouts", case._asdict() | {"largest_relative_deviation": deviation})
     assert deviation < TOLERANCE[case.precision]
 
 

@@ -84,14 +84,14 @@ def test_same_layout(train, tmp_path, layout, precision):
 
 
 @pytest.mark.parametrize(("first", "second"), MOVES)
-def test_another_layout(rank_group, train, record_layout, tmp_path, first, second):
+def test_another_layout(rank_group, train, record, tmp_path, first, second):
     config = config_of()
     train("dp2 ZeRO-1", tmp_path / "whole", config)
     train(first, tmp_path / "moved", config, KILLED_AT)
     train(second, tmp_path / "moved", config)
     metrics, *_ = rank_group(1, "plain").run(plain_run, config)[0]
     deviation = largest_deviation(metrics_of(tmp_path / "moved"), metrics)
-    record_layout({"saved_on": first, "resumed_on": second, "largest_relative_deviation": deviation})
+    record("resumes", {"saved_on": first, "resumed_on": second, "largest_relative_deviation": deviation})
     assert deviation < 1e-5
     expect_same_tensors(checkpoint_at(tmp_path / "moved"), checkpoint_at(tmp_path / "whole"), 1e-3)
 

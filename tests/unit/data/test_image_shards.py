@@ -70,14 +70,6 @@ def test_the_caption_field_is_chosen(make_tar: MakeTar) -> None:
     assert [sample.captions for sample in samples] == [["a fox"], ["a", "b"], [], [], []]
 
 
-@pytest.mark.parametrize("count", [3, 150])
-def test_a_caption_field_that_no_sample_has_is_refused(make_tar: MakeTar, count: int) -> None:
-    record = b'{"url": "u", "caption": "a fox"}'
-    members = {f"{number}.{kind}": data for number in range(count) for kind, data in (("jpg", b"I"), ("json", record))}
-    with pytest.raises(DataError, match=r"has the caption field 'alt' in its .json, whose fields are caption, url\."):
-        read(make_tar("a.tar", members), "alt")
-
-
 def test_names_split_at_the_first_dot_of_their_last_part() -> None:
     assert split_name("v1.0/n01.a.JPEG") == ("v1.0/n01", "a.jpeg")
 

@@ -90,6 +90,31 @@ def test_neighbours_of_a_small_set_are_scattered() -> None:
     assert np.median(np.abs(np.diff(stream))) > 100
 
 
+def test_neighbours_of_large_sets_share_a_shard_no_more_often_than_chance() -> None:
+    shards, shard, block = 330, 10_000, 1024
+    sizes = [min(block, shard - first) for first in range(0, shard, block)] * shards
+    picks = SampleOrder(sizes, seed=0).picks(1_234_567, 50_000)
+    of_shard = picks.block // (len(sizes) // shards)
+    assert (of_shard[1:] == of_shard[:-1]).mean() < 1.5 / shards
+
+
+def test_no_rank_of_64_reads_more_than_a_quarter_beyond_its_share_of_30_million_samples() -> None:
+    sizes = ([1024] * 9 + [784]) * 3000
+    order, ranks, steps, batch = SampleOrder(sizes, seed=0), 64, 256, 2048  # two windows of each lane
+    rows = np.zeros(ranks)
+    windows: list[set[tuple[int, int, int]]] = [set() for _ in range(ranks)]
+    for step in range(steps):
+        picks = order.picks(step * batch, batch)
+        for rank in range(ranks):
+            ours = picks.at(rank_share(picks.lane, ranks, rank))
+            own = ours.lane % ranks == rank
+            rows[rank] += (~own).sum()  # a sample of another's lane is read by itself
+            windows[rank] |= set(zip(ours.epoch[own], ours.lane[own], ours.window[own], strict=True))
+    for rank, held in enumerate(windows):
+        rows[rank] += sum(length for window in held for _, _, length in order.runs(*map(int, window)))
+    assert rows.max() < 1.25 * steps * batch / ranks
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("sizes", LAYOUTS)
 def test_ranks_share_a_batch_equally_without_overlap(world_size: int, sizes: list[int]) -> None:
