@@ -56,7 +56,7 @@ def test_one_rank_of_many_measures_its_loading(walk):
     half = ("--one-rank", walk / "codes", 1, 24, "--ranks", 2, "--batch", 8, "--steps", 6)
     result = json.loads(succeed("benchmarks/loader_scale.py", *half).printed)
     assert result["samples"] == 24 and result["bytes_read"] > 0
-    assert 0 < result["seconds_to_open"] <= result["seconds_to_first_batch"]
+    assert 0 <= result["seconds_to_open"] <= result["seconds_to_first_batch"]
     assert 0 < result["peak_mib_before"] <= result["peak_mib_at_first_batch"] <= result["peak_mib_at_end"]
 
 
