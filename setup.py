@@ -30,11 +30,14 @@ setup(
         "webdataset",
     ],
     extras_require={
-        "eval": ["torch-fidelity>=0.3", "scipy"],
+        "train": ["lpips"],
+        "lsun": ["lmdb"],
+        "eval": ["torch-fidelity>=0.3", "scipy", "lpips"],
         "demo": ["scikit-learn", "matplotlib"],
         "dev": [
             "allpairspy",
             "import-linter",
+            "lmdb",
             "mypy",
             "pytest",
             "pytest-timeout",

@@ -232,16 +232,38 @@ class RQVAELossConfig:
     commitment_weight: float = 0.25
     """Weight of the commitment loss."""
     perceptual_weight: float = 1.0
-    """Weight of LPIPS."""
+    """Weight of LPIPS; 0 trains without it, and without VGG16's weights."""
     adversarial_weight: float = 0.75
-    """Weight of the generator's loss, times the adaptive lambda."""
+    """Weight of the generator's loss, times the adaptive lambda; 0 trains without a discriminator."""
+    adversarial: str = "hinge"
+    """Loss of the discriminator: "hinge" or "vanilla" (cross-entropy)."""
+    discriminator_weight: float = 0.75
+    """Weight of the discriminator's own loss."""
+    discriminator_lr: float | None = None
+    """Peak learning rate of the discriminator, in the run's schedule; by default `train.lr`."""
+    discriminator_start: int = 0
+    """Optimiser steps before the discriminator joins in."""
+    discriminator_warmup: int = 0
+    """Steps after that in which the generator's loss rises linearly to its weight."""
+    discriminator_layers: int = 2
+    """Convolutions of the discriminator that halve the resolution."""
+    discriminator_channels: int = 64
+    """Filters of its first convolution."""
 
     def validate(self) -> None:
         """Raise ConfigError where a value cannot be run."""
         if self.reconstruction not in ("mse", "l1"):
             raise ConfigError(f"loss.reconstruction={self.reconstruction!r}: use mse or l1.")
-        weights = ("commitment_weight", "perceptual_weight", "adversarial_weight")
-        check_ranges("loss", self, **dict.fromkeys(weights, AMOUNT))
+        if self.adversarial not in ("hinge", "vanilla"):
+            raise ConfigError(f"loss.adversarial={self.adversarial!r}: use hinge or vanilla.")
+        weights = ("commitment_weight", "perceptual_weight", "adversarial_weight", "discriminator_weight")
+        check_ranges(
+            "loss",
+            self,
+            **dict.fromkeys((*weights, "discriminator_start", "discriminator_warmup"), AMOUNT),
+            **dict.fromkeys(("discriminator_layers", "discriminator_channels"), COUNT),
+            discriminator_lr=POSITIVE,
+        )
 
 
 @dataclass

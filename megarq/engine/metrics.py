@@ -25,7 +25,16 @@ _PEAK_TFLOPS = {
     "L40S": 362.0,
     "V100": 125.0,
 }
-_SHORT_NAMES = {"image_loss": "img", "caption_loss": "txt", "reconstruction_loss": "rec", "commitment_loss": "commit"}
+_SHORT_NAMES = {
+    "image_loss": "img",
+    "caption_loss": "txt",
+    "reconstruction_loss": "rec",
+    "perceptual_loss": "lpips",
+    "commitment_loss": "commit",
+    "generator_loss": "gen",
+    "adaptive_weight": "lambda",
+    "discriminator_loss": "disc",
+}
 
 
 def peak_tflops(device: torch.device, configured: float | None) -> float | None:
