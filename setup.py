@@ -11,6 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megarq", "megarq.*"]),
+    package_data={"megarq.scoring": ["report.css"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
@@ -32,7 +33,7 @@ setup(
     extras_require={
         "train": ["lpips"],
         "lsun": ["lmdb"],
-        "eval": ["torch-fidelity>=0.3", "scipy", "lpips"],
+        "eval": ["lpips", "open_clip_torch>=3", "scipy", "timm>=1", "torch-fidelity>=0.4"],
         "demo": ["scikit-learn", "matplotlib"],
         "dev": [
             "allpairspy",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from megarq import ImageGenerator, cli
@@ -99,7 +100,7 @@ class Study:
         """How many prompted pictures show the digit asked for, by the demo's judge."""
         texts, asked = self.walk.prompts()
         classifier = self.walk.DigitClassifier(*self.walk.real_pictures()["train"])
-        drawn = [self.walk.draw(generator, texts, 1000 * number) for number in range(self.drawings)]
+        drawn = [draw(generator, texts, 1000 * number) for number in range(self.drawings)]
         found = [classifier.accuracy(self.walk.grey(pictures), asked) for pictures in drawn]
         return {"prompt_accuracy": statistics.mean(found)}
 
@@ -158,6 +159,14 @@ def table(ways: dict[str, Any]) -> str:
         sizes = f"{found['bytes_per_sample']:,.0f} | {found['gigabytes_at_30m']:,.1f} GB"
         lines.append(f"| {way} | {' | '.join(cells)} | {sizes} |")
     return "\n".join(lines)
+
+
+def draw(generator: ImageGenerator, texts: list[str], seed: int) -> list[Image.Image]:
+    """A picture of each prompt, with the settings that the model states."""
+    images = []
+    for first in tqdm(range(0, len(texts), 50), desc="drawing", unit="batch"):
+        images += generator.generate(prompts=texts[first : first + 50], seed=seed + first)
+    return images
 
 
 def main(argv: Sequence[str] | None = None) -> None:

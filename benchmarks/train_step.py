@@ -35,7 +35,7 @@ from megarq.launch.machine import describe_machine
 from megarq.launch.process_group import joined, rank_device
 from megarq.parallel.topology import ProcessGroups
 from megarq.planning.communication import Links
-from megarq.planning.estimate import GIB, Machine
+from megarq.planning.estimate import GIB, Estimate, Machine
 from megarq.planning.flops import layer_flops, training_flops
 from megarq.planning.layout import Layout
 from megarq.planning.plan import make_plan
@@ -176,8 +176,9 @@ def summary(
     """The median step, what it makes in images per second, and the share of the peak that is."""
     topology, train, median = groups.topology, config.train, statistics.median(seconds)
     flops = training_flops(config.model)
-    peak = peak_tflops(device, config.log.peak_tflops)
+    peak = peak_tflops(device, config.log.peak_tflops, train.precision)
     achieved = flops * train.global_batch_size / median / topology.world_size
+    planned = plan_alone(config, ds, groups)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "machine": describe_machine(),
@@ -191,12 +192,13 @@ def summary(
         "tflops_per_device": achieved / 1e12,
         "peak_tflops": peak,
         "mfu": achieved / (peak * 1e12) if peak else None,
-        "planned_memory_gib": planned_bytes(config, ds, groups) / GIB,
+        "planned_memory_gib": planned.needed / GIB,
+        "planned_host_memory_gib": planned.host / GIB,
     }
 
 
-def planned_bytes(config: RQTransformerRunConfig, ds: dict[str, Any], groups: ProcessGroups) -> float:
-    """What the planner expects the fullest rank to hold, without its reserve for what is not the run's."""
+def plan_alone(config: RQTransformerRunConfig, ds: dict[str, Any], groups: ProcessGroups) -> Estimate:
+    """What the planner expects of the run's own layout, without its reserve for what is not the run's."""
     topology, train = groups.topology, config.train
     micro, accumulation = batch_sizes(train, topology.dp)
     zero = ds["zero_optimization"]
@@ -215,9 +217,7 @@ def planned_bytes(config: RQTransformerRunConfig, ds: dict[str, Any], groups: Pr
     )
     links = Links(inside=1.0, between=1.0, gpus_per_node=layout.world)
     machine = Machine(layout.world, links, float("inf"), reserve=0.0, peak=1.0, efficiency=1.0, memory_bandwidth=1.0)
-    return make_plan(
-        replace(config, train=replace(train, micro_batch_size=micro)), [layout], machine
-    ).recommended.needed
+    return make_plan(replace(config, train=replace(train, micro_batch_size=micro)), [layout], machine).recommended
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Writing files so that nobody ever reads half of one."""
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,3 +38,9 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
     """Write a whole small file in one step; text is UTF-8."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 (hex) of a file's content, read in parts."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

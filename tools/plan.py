@@ -17,6 +17,8 @@ from megarq.planning.layouts import CHOICES, chosen_layouts, lawful_layouts
 from megarq.planning.plan import facts, make_plan, render
 
 MOST_GPUS = 65_536
+PEAK_TFLOPS = {"bf16": 989.0, "fp32": 67.0}
+"""Dense, of an H100 SXM, by train.precision: nothing here lets matrices of fp32 be multiplied in TF32."""
 EXAMPLE = """example:
   python tools/plan.py --model t2i-3.9b --gpus 64 --gpu-memory 80 --global-batch 2048
   python tools/plan.py --model t2i-20b --gpus 512 --gpu-memory 80 --json
@@ -37,7 +39,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--global-batch", type=int, help="images in an optimiser step (default: the configuration's)")
     add("--images", type=float, default=30e6, help="images in the data set (default 30e6)")
     add("--epochs", type=float, help="passes over them (default: the configuration's epochs or steps)")
-    add("--peak-tflops", type=float, default=989, help="dense peak of one GPU (default 989)")
+    add("--peak-tflops", type=float, help="dense peak of one GPU (default 989; with train.precision=fp32, 67)")
     add("--efficiency", type=float, default=0.5, help="share of the peak that computing reaches (default 0.5)")
     add("--memory-gb-s", type=float, default=3350, help="GB/s of a GPU's memory (default 3350)")
     add("--link-gb-s", type=float, default=450, help="GB/s one way between a node's GPUs (default 450)")
@@ -52,7 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = parse(argv)
-    machine = read_machine(args)
+    check_options(args)
     check_not_planned(args.overrides)
     overrides = list(args.overrides)
     if args.global_batch:
@@ -61,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         overrides += ["train.steps=null", f"train.epochs={args.epochs:g}"]
     config = load_config(args.model, overrides, "rq-transformer")
     train = config.train
+    machine = read_machine(args, train.precision)
     images = train.steps * train.global_batch_size if train.steps else args.images * (train.epochs or 0)
     layouts = list(lawful_layouts(config, args.gpus, args.gpus_per_node))
     if args.layout:
@@ -95,8 +98,8 @@ def check_not_planned(overrides: Sequence[str]) -> None:
             raise ConfigError(f"{text}: the planner chooses it. Use --layout {name}={value} to plan for that alone.")
 
 
-def read_machine(args: argparse.Namespace) -> Machine:
-    """What the options say of the GPUs. Raises ConfigError."""
+def check_options(args: argparse.Namespace) -> None:
+    """Raise ConfigError where numbers of the command line are none that GPUs have."""
     positive = ("gpus", "gpus_per_node", "gpu_memory", "images", "peak_tflops", "efficiency", "memory_gb_s")
     for name in (*positive, "link_gb_s", "node_link_gb_s", "global_batch", "epochs"):
         value = getattr(args, name)
@@ -110,13 +113,17 @@ def read_machine(args: argparse.Namespace) -> Machine:
         raise ConfigError(
             f"--reserve {args.reserve:g} of --gpu-memory {args.gpu_memory:g} GiB: give 0 or more, and less than all."
         )
+
+
+def read_machine(args: argparse.Namespace, precision: str) -> Machine:
+    """What the options say of the GPUs; the peak is one of products in `precision`."""
     links = Links(args.link_gb_s * 1e9, args.node_link_gb_s * 1e9, args.gpus_per_node)
     return Machine(
         args.gpus,
         links,
         args.gpu_memory * GIB,
         args.reserve * GIB,
-        args.peak_tflops * 1e12,
+        (args.peak_tflops or PEAK_TFLOPS[precision]) * 1e12,
         args.efficiency,
         args.memory_gb_s * 1e9,
     )

@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,27 +13,20 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from megarq import cli
+from megarq.data.picture_set import Item
 from megarq.errors import ConfigError
 from megarq.files import write_atomically
+from megarq.inference.drawing import Rank
 from megarq.inference.export import DTYPES
-from megarq.inference.generator import BATCH, ImageGenerator
+from megarq.inference.generator import ImageGenerator
+from megarq.inference.options import add_sampling_options
+from megarq.inference.pretrained import find_device
 
 EXAMPLE = (
     'example: python tools/sample.py models/cc3m --prompt "a lighthouse at night" --count 16 --top-k 1024 --top-p 0.95 '
     "--seed 1 --output grid.png"
 )
 PAD = 2
-
-
-def per_depth(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser of one value, or of comma-separated values, one for each depth."""
-
-    def parse(text: str) -> Any:
-        values = [convert(part) for part in text.split(",")]
-        return values[0] if len(values) == 1 else values
-
-    parse.__name__ = f"{convert.__name__}[,{convert.__name__}..]"
-    return parse
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,23 +36,17 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--prompt", action="append", dest="prompts", help="a caption; may be repeated")
     arguments.add_argument("--class", action="append", type=int, dest="classes", help="a class; may be repeated")
     arguments.add_argument("--count", type=int, default=1, help="pictures of each prompt or class (default: 1)")
-    arguments.add_argument(
-        "--top-k",
-        type=per_depth(int),
-        help="draw among the K likeliest codes; A,B,.. for each depth (default: the model's)",
-    )
-    arguments.add_argument(
-        "--top-p",
-        type=per_depth(float),
-        help="draw among codes that hold this share of the probability; A,B,.. likewise",
-    )
-    arguments.add_argument("--temperature", type=per_depth(float), help="divides the logits; A,B,.. likewise")
-    arguments.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default: 0)")
+    add_sampling_options(arguments)
     arguments.add_argument("--output", default="grid.png", help="PNG to write (default: grid.png)")
     arguments.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, .. (default: cpu)")
-    arguments.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the RQ-Transformer (default: fp32)")
     arguments.add_argument(
-        "--batch-size", type=int, default=BATCH, help="pictures drawn at once (default: %(default)s)"
+        "--keep-best", type=int, metavar="N", help="of the pictures of each prompt or class show the N best, best first"
+    )
+    arguments.add_argument(
+        "--ranker-weights",
+        type=Path,
+        metavar="FILE",
+        help="with --keep-best: CLIP's weights (prompts), or a ResNet-101's (classes); default: those in torch's cache",
     )
     return arguments
 
@@ -86,6 +73,41 @@ def write_png(path: Path, picture: Image.Image, facts: dict[str, Any]) -> None:
     write_atomically(path, content.getvalue())
 
 
+def keep_best(
+    pictures: Sequence[Image.Image], items: Sequence[Item], rank: Rank, count: int
+) -> tuple[list[Image.Image], list[float]]:
+    """The `count` best pictures of each item, best first, and their scores; of equal ones the first drawn."""
+    best: list[tuple[Image.Image, float]] = []
+    each = len(pictures) // len(items)
+    for place, item in enumerate(items):
+        drawn = pictures[place * each : (place + 1) * each]
+        scored = zip(drawn, map(float, rank(drawn, [item] * each)), strict=True)
+        best += sorted(scored, key=lambda pair: -pair[1])[:count]
+    return [picture for picture, _ in best], [score for _, score in best]
+
+
+def find_ranker(options: argparse.Namespace) -> Rank:
+    """CLIP for prompts, a classifier for classes."""
+    from megarq.scoring.rankers import ClassRanker, ClipRanker
+
+    ranker = ClipRanker if options.prompts else ClassRanker
+    return ranker(options.ranker_weights, find_device(options.device))
+
+
+def check_keeping(options: argparse.Namespace) -> None:
+    """Raise ConfigError where --keep-best cannot be followed."""
+    if options.keep_best is None:
+        if options.ranker_weights is not None:
+            raise ConfigError("--ranker-weights without --keep-best: nothing is ranked. Give --keep-best N.")
+        return
+    if not 1 <= options.keep_best <= options.count:
+        raise ConfigError(f"--keep-best {options.keep_best} of --count {options.count}: give 1 to {options.count}.")
+    if not options.prompts and not options.classes:
+        raise ConfigError(
+            f"--keep-best {options.keep_best} without --prompt or --class: nothing to rank by. Leave it out."
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parser().parse_args(argv)
@@ -93,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--output {options.output}: give a name that ends in .png.")
     if options.batch_size < 1 or options.count < 1:
         raise ConfigError(f"--count {options.count}, --batch-size {options.batch_size}: give 1 or more for each.")
+    check_keeping(options)
+    rank = None if options.keep_best is None else find_ranker(options)
     generator = ImageGenerator.from_pretrained(
         options.folder, options.device, DTYPES[options.dtype], options.batch_size
     )
@@ -105,8 +129,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     with tqdm(total=len(asked) * options.count * generator.positions, unit="stack", desc="sampling", delay=0.2) as bar:
         pictures = generator.generate(options.prompts, options.classes, options.count, **settings, progress=bar.update)
-    columns = options.count if len(asked) > 1 else math.ceil(math.sqrt(options.count))
+    shown, scores = options.count, None
+    if rank is not None:
+        items = [Item(prompt) for prompt in options.prompts or ()] or [Item(label=label) for label in options.classes]
+        pictures, scores = keep_best(pictures, items, rank, options.keep_best)
+        shown = options.keep_best
+    columns = shown if len(asked) > 1 else math.ceil(math.sqrt(shown))
     facts = {"prompts": options.prompts, "classes": options.classes, "count": options.count, **settings}
+    facts |= {"keep_best": options.keep_best, "scores": scores}
     write_png(
         Path(options.output),
         grid(pictures, columns),

@@ -45,7 +45,6 @@ class LocalFragment:
     """This rank's part of one parameter."""
 
     name: str
-    parameter: nn.Parameter
     place: Fragment
     master: Tensor
     """fp32 master weights, a view [n] into the engine's flat partition."""
@@ -86,7 +85,6 @@ class Fragments:
             flat = self.optimizer.param_groups[mapping.param_group_index]["params"][0]
             yield LocalFragment(
                 name,
-                parameter,
                 self._place(parameter, parameter.shape, mapping.lp_fragment_address.start),
                 mapping.hp_fragment,
                 flat,
@@ -105,7 +103,7 @@ class Fragments:
                 continue
             master = flat.view(-1)[offset : offset + own]
             place = self._place(parameter, parameter.ds_shape, start)  # type: ignore[attr-defined]
-            yield LocalFragment(name, parameter, place, master, flat, offset)
+            yield LocalFragment(name, place, master, flat, offset)
 
     def optimizer_step(self) -> int:
         """Updates that Adam has made: torch's counts them for each tensor, apex's for each group."""

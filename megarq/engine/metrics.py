@@ -15,16 +15,17 @@ from megarq.files import write_atomically
 METRICS_FILE = "metrics.jsonl"
 _GIB = 2**30
 _PEAK_TFLOPS = {
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H200": 989.0,
-    "H100": 989.0,
-    "H800": 989.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "L40S": 362.0,
-    "V100": 125.0,
+    "H100 PCIe": {"bf16": 756.0, "tf32": 378.0, "fp32": 51.0},
+    "H100 NVL": {"bf16": 835.0, "tf32": 417.5, "fp32": 60.0},
+    "H200": {"bf16": 989.0, "tf32": 494.5, "fp32": 67.0},
+    "H100": {"bf16": 989.0, "tf32": 494.5, "fp32": 67.0},
+    "H800": {"bf16": 989.0, "tf32": 494.5, "fp32": 67.0},
+    "A100": {"bf16": 312.0, "tf32": 156.0, "fp32": 19.5},
+    "A800": {"bf16": 312.0, "tf32": 156.0, "fp32": 19.5},
+    "L40S": {"bf16": 362.0, "tf32": 183.0, "fp32": 91.6},
+    "V100": {"bf16": 125.0, "tf32": 15.7, "fp32": 15.7},
 }
+"""Dense, by what is multiplied in; a V100 has no TF32."""
 _SHORT_NAMES = {
     "image_loss": "img",
     "caption_loss": "txt",
@@ -37,14 +38,17 @@ _SHORT_NAMES = {
 }
 
 
-def peak_tflops(device: torch.device, configured: float | None) -> float | None:
-    """Dense bf16 peak of one device in TFLOP/s: as configured, else by the GPU's name; None where unknown."""
+def peak_tflops(device: torch.device, configured: float | None, products: str) -> float | None:
+    """Dense peak of one device in TFLOP/s: as configured, else by the GPU's name; None where unknown.
+
+    products: what the model's products are computed in, "bf16", "tf32" or "fp32".
+    """
     if configured is not None:
         return configured
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in _PEAK_TFLOPS.items() if key in name), None)
+    return next((peaks[products] for key, peaks in _PEAK_TFLOPS.items() if key in name), None)
 
 
 def memory_gib(device: torch.device) -> float:

@@ -43,6 +43,8 @@ class Session:
     device: torch.device
     checkpoint: Checkpoint | None
     """Where the run goes on; None for a new one."""
+    launcher: str = "none"
+    """What started the ranks."""
 
     @classmethod
     def open(
@@ -52,6 +54,7 @@ class Session:
         topology: Topology,
         run: Path,
         device: torch.device,
+        launcher: str = "none",
     ) -> "Session":
         """Create the groups and the run's folder, or find the checkpoint to go on from; every rank calls this.
 
@@ -61,7 +64,7 @@ class Session:
         checkpoint = newest_checkpoint(run, topology.rank, topology.world_size, gather_objects)
         if checkpoint is not None:
             _check_same_model(checkpoint, config, run)
-        session = cls(config, ds, run, groups, device, checkpoint)
+        session = cls(config, ds, run, groups, device, checkpoint, launcher)
         session.keep_beside(lambda run: save_config(config, run / RESOLVED))
         return session
 
@@ -69,6 +72,12 @@ class Session:
     def start(self) -> LoaderState:
         """Where the data go on."""
         return LoaderState(**self.checkpoint.metadata["loader"]) if self.checkpoint else LoaderState()
+
+    @property
+    def products(self) -> str:
+        """What most FLOPs are computed in: torch uses TF32 for cuDNN's convolutions of fp32, but not for matrices."""
+        precision = self.config.train.precision
+        return "tf32" if precision == "fp32" and isinstance(self.config, RQVAERunConfig) else precision
 
     def keep_beside(self, copy: Callable[[Path], object]) -> None:
         """Let rank 0 write something into the run's folder; all ranks raise where it cannot (collective)."""
@@ -123,7 +132,7 @@ class Session:
             accumulation=batch_sizes(config.train, topology.dp)[1],
             metadata={"architecture": config.architecture, "config": asdict(config), **(metadata or {})},
             flops_per_image=flops_per_image,
-            peak_tflops=peak_tflops(self.device, config.log.peak_tflops),
+            peak_tflops=peak_tflops(self.device, config.log.peak_tflops, self.products),
         )
         log = MetricsLog(self.run, topology.rank, step)
         for line in (self._opening(plan, step), self._means(plan), *notes):
@@ -149,7 +158,8 @@ class Session:
     def _opening(self, plan: RunPlan, step: int) -> str:
         topology, train = self.groups.topology, self.config.train
         stage = self.ds["zero_optimization"]["stage"]
-        ranks = f"{topology.world_size} x {self.device.type}: dp {topology.dp}, tp {topology.tp}, pp {topology.pp}"
+        ranks = f"{topology.world_size} x {self.device.type} (launcher: {self.launcher}): "
+        ranks += f"dp {topology.dp}, tp {topology.tp}, pp {topology.pp}"
         start = f"going on from step {step}" if step else "starting"
         if step >= plan.steps:
             start = f"already at step {step}, nothing to do"
@@ -161,7 +171,7 @@ class Session:
     def _means(self, plan: RunPlan) -> str:
         """What computes, and what the MFU is held against."""
         kernels = choose_kernels(self.config.train.kernels, self.device, self.ds).describe()
-        peak = "unknown" if plan.peak_tflops is None else f"{plan.peak_tflops:g} TFLOP/s (dense bf16)"
+        peak = "unknown" if plan.peak_tflops is None else f"{plan.peak_tflops:g} TFLOP/s (dense {self.products})"
         cost = f"{plan.flops_per_image / 1e9:.4g} GFLOP to train on an image"
         return f"{kernels} | mfu against a device's peak: {peak} | {cost}"
 

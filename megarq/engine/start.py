@@ -42,7 +42,7 @@ def joined_session(
     device = rank_device(environment)
     choose_kernels(config.train.kernels, device, ds)
     with joined(environment, device):
-        yield Session.open(config, ds, topology, Path(run), device)
+        yield Session.open(config, ds, topology, Path(run), device, environment.launcher)
 
 
 def resolve_and_place(

@@ -37,6 +37,8 @@ BATCH = 64
 """Pictures whose codes are drawn together."""
 DECODED = 16
 """Pictures that the RQ-VAE decodes together; its feature maps are far larger than the transformer's."""
+CUTS_NAMED = 3
+"""Prompts of more tokens than the model reads that are warned of by name; of more, their number is told."""
 
 
 class ImageGenerator:
@@ -114,6 +116,10 @@ class ImageGenerator:
         number = _whole("count", count, least=1)
         cond = self.conditions(prompts, classes).repeat_interleave(number, dim=0)
         codes = self.sample_codes(cond, top_k, top_p, temperature, seed, progress=progress)
+        return self.decode(codes)
+
+    def decode(self, codes: Tensor) -> list[Image.Image]:
+        """The pictures of codes [B, H, W, D]."""
         return [picture for part in codes.split(DECODED) for picture in to_pictures(self.rqvae.decode(part))]
 
     def sample_codes(
@@ -192,12 +198,16 @@ class ImageGenerator:
                 "--tokenizer, or give token ids to sample_codes."
             )
         length = self.transformer.config.cond_length
+        cut = 0
         for prompt in prompts:
             if not isinstance(prompt, str) or not prompt.strip():
                 raise ConfigError(f"prompt {prompt!r}: give a caption of at least one word.")
             tokens = self.tokenizer.count(prompt)
-            if tokens > length:
+            cut += tokens > length
+            if length < tokens and cut <= CUTS_NAMED:
                 logger.warning("prompt %r has %d tokens; the model reads the first %d.", prompt, tokens, length)
+        if cut > CUTS_NAMED:
+            logger.warning("%d of %d prompts have more tokens than the model reads (%d).", cut, len(prompts), length)
         return [self.tokenizer.encode(prompt, length) for prompt in prompts]
 
     def _class(self, value: Any) -> int:

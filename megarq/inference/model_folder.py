@@ -11,6 +11,7 @@ FOLDER/tokenizer.json       or tokenizer.model
 FOLDER/README.md            the model card
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ from megarq.config.load import build
 from megarq.config.models import RQTransformerConfig, RQVAEConfig
 from megarq.config.run import SamplingConfig
 from megarq.errors import CheckpointError, ConfigError
-from megarq.files import write_atomically
+from megarq.files import file_sha256, write_atomically
 
 CONFIG = "config.json"
 FORMAT, VERSION = "megarq-model", 1
@@ -90,6 +91,19 @@ def read_info(folder: Path) -> ModelInfo:
         document.get("weights", "param"),
         document.get("step"),
     )
+
+
+def model_fingerprint(folder: Path) -> str:
+    """sha256 (hex) over the names and contents of a folder's configuration, weights and tokenizer: which model it is,
+    wherever it lies. The card may be edited. Raises CheckpointError where a file cannot be read."""
+    wanted = ("model*.safetensors", "rqvae.safetensors", *TOKENIZERS, CONFIG)
+    sha256 = hashlib.sha256()
+    try:
+        for path in sorted({path for pattern in wanted for path in folder.glob(pattern)}):
+            sha256.update(f"{path.name} {file_sha256(path)}\n".encode())
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read ({error}): copy or export the folder again.") from error
+    return sha256.hexdigest()
 
 
 def stored_config(kind: type[Config], values: Any, source: str) -> Config:

@@ -37,6 +37,7 @@ class LaunchEnvironment:
     port: int
     """Port of rank 0 where processes meet."""
     launcher: str
+    """Whose variables these are; "none" alone."""
 
 
 def read_environment(environ: Mapping[str, str], meet: bool = True) -> LaunchEnvironment:
@@ -66,6 +67,14 @@ def read_environment(environ: Mapping[str, str], meet: bool = True) -> LaunchEnv
             rank, world_size, local_rank, address, _integer(environ, "MASTER_PORT", 29500), launcher
         )
     return LaunchEnvironment(0, 1, 0, "127.0.0.1", 0, "none")
+
+
+def worker_place(environ: Mapping[str, str], environment: LaunchEnvironment) -> tuple[int, int]:
+    """(number, workers): this process among all that share a folder's work, the ranks of every task of a job array."""
+    tasks, size = int(environ.get("SLURM_ARRAY_TASK_COUNT", 1)), environment.world_size
+    names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP")
+    task, least, step = (int(environ.get(name, default)) for name, default in zip(names, (0, 0, 1), strict=True))
+    return (task - least) // step * size + environment.rank, tasks * size
 
 
 def _integer(environ: Mapping[str, str], name: str, default: int) -> int:

@@ -3,13 +3,12 @@
     copy_to         identity          all-reduce        before a layer cut by columns
     reduce_from     all-reduce        identity          after a layer cut by rows
     gather_from     all-gather        own slice         whole logits from slices of the vocabulary
-    split_to        own slice         all-gather        a whole tensor into a region cut along its last dimension
 
-Each is the identity where the tensor group has one rank. Four more are the identity unless `tp.sequence`, sequence
+Each is the identity where the tensor group has one rank. Three more are the identity unless `tp.sequence`, sequence
 parallelism: between the cut layers, in LayerNorm, dropout and the residual sum, a rank then holds only its slice of
-the tokens, and the two all-reduces become halves of themselves:
+the tokens, and the two all-reduces become halves of themselves. Before a layer cut by columns the tokens are gathered,
+and their gradients scattered, by the layer itself (`start_gather`, `start_scatter`), beside its products.
 
-    gather_tokens   all-gather        reduce-scatter    before a layer cut by columns
     scatter_tokens  reduce-scatter    all-gather        after a layer cut by rows
     split_tokens    own slice         all-gather        into a stack of blocks
     join_tokens     all-gather        own slice         out of it, where every rank goes on with all tokens
@@ -43,16 +42,6 @@ def reduce_from(x: Tensor, tp: TensorGroup) -> Tensor:
 def gather_from(x: Tensor, tp: TensorGroup) -> Tensor:
     """Join the slices of the last dimension, [..., N/P] to [..., N]."""
     return x if tp.size == 1 else _Gather.apply(x, tp)
-
-
-def split_to(x: Tensor, tp: TensorGroup) -> Tensor:
-    """Keep this rank's slice of the last dimension, [..., N] to [..., N/P]."""
-    return x if tp.size == 1 else _Split.apply(x, tp)
-
-
-def gather_tokens(x: Tensor, tp: TensorGroup, tokens: int) -> Tensor:
-    """Enter a region whose layers are cut by columns: [n, E] to [B, S, E], S being `tokens`."""
-    return _GatherTokens.apply(x, tp, tokens) if tp.sequence else x
 
 
 def scatter_tokens(x: Tensor, tp: TensorGroup) -> Tensor:
@@ -153,28 +142,6 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return _own_slice(grads[0], ctx.tp), None
-
-
-class _Split(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tp: TensorGroup) -> Tensor:
-        ctx.tp = tp
-        return _own_slice(x, tp)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _all_gather(grads[0], ctx.tp), None
-
-
-class _GatherTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tp: TensorGroup, tokens: int) -> Tensor:
-        ctx.tp = tp
-        return start_gather(x, tp, tokens)()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return start_scatter(grads[0], ctx.tp)(), None, None
 
 
 class _ScatterTokens(torch.autograd.Function):

@@ -121,7 +121,7 @@ class DryRun:
             "layers": list(shard.layers),
             "numbers": shard.numel,
             "shapes": {parameter.name: list(parameter.shape) for parameter in shard.parameters},
-            "state_bytes": asdict(largest) | {"total": largest.total, "device": largest.device},
+            "state_bytes": asdict(largest) | {name: getattr(largest, name) for name in ("total", "device", "host")},
         }
 
     def render(self) -> str:

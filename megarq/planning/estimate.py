@@ -4,6 +4,7 @@ The time of a micro-batch in a pipeline stage, forward and backward:
 
     products    FLOPs / (peak x efficiency), but no less than reading the stage's weights takes; the backward pass is
                 two forward passes, and one more where activations are recomputed
+    sums        adding the gradients to fp32 sums moves memory and adds to the backward pass
     tensor      what cannot hide behind the weights' gradients adds to it
     pipeline    what is sent adds to it
     ZeRO-2, 3   gathers and reductions run beside: the longer of the two counts, forward and backward on their own
@@ -70,7 +71,7 @@ class Estimate:
     layout: Layout
     """The layout."""
     memory: Mapping[str, float]
-    """Bytes by kind on the fullest rank."""
+    """Bytes by kind on the GPU of the fullest rank."""
     stage: int
     """The pipeline stage of that rank."""
     communication: Mapping[str, int]
@@ -79,10 +80,12 @@ class Estimate:
     """A step's time by part; they add up."""
     balance: float
     """FLOPs of the largest stage over the mean."""
+    host: int
+    """Bytes that the fullest rank keeps in the host's memory besides."""
 
     @property
     def needed(self) -> float:
-        """Bytes of the fullest rank."""
+        """Bytes of the fullest rank, on its GPU."""
         return sum(self.memory.values())
 
     @property
@@ -157,21 +160,22 @@ def estimate(
         {kind: max(stage[kind] for stage in sent) for kind in sent[0]},
         _seconds(config, layout, machine, stages),
         max(flops) * layout.pp / sum(flops),
+        states[fullest].host,
     )
 
 
 def _memory(
     config: RQTransformerRunConfig, layout: Layout, stage: StageCosts, state: StateBytes, index: int
 ) -> dict[str, float]:
-    """Bytes of a rank of stage `index`, by kind."""
+    """Bytes on the GPU of a rank of stage `index`, by kind."""
     saved = held_micro_batches(layout, index) * activation_bytes(config, layout, stage.layers)
     activations = saved + working_bytes(config, layout, stage.layers)
     return {
-        "parameters": state.parameters + state.ema + state.buffers,
-        "gradients": state.gradients,
-        "optimizer": state.masters + state.moments,
+        "parameters": state.on_device("parameters", "ema", "buffers"),
+        "gradients": state.on_device("gradients"),
+        "optimizer": state.on_device("masters", "moments"),
         "activations": activations,
-        "buffers": _buffer_bytes(layout, stage.parameters, activations),
+        "buffers": _buffer_bytes(layout, stage.parameters, activations) + state.on_device("staging"),
     }
 
 
@@ -188,7 +192,7 @@ def _buffer_bytes(layout: Layout, parameters: int, activations: int) -> int:
     copied = min(bucket, parameters)
     if layout.zero == 3:
         gathered = min(parameters, zero["stage3_max_live_parameters"]) * layout.bytes_each
-        return FP32 * (bucket + copied) + (gathered if layout.dp > 1 else 0)
+        return FP32 * (bucket + copied) + (gathered if layout.dp > 1 or layout.offload_parameters else 0)
     each, buckets = layout.bytes_each, 2 if zero.get("overlap_comm") else 1
     return buckets * bucket * each + copied * (each + (FP32 if each < FP32 else 0))
 
@@ -236,7 +240,20 @@ def _compute_seconds(
     again += stage.loss_flops if loss_in_parts(config, layout) else 0
     products = stage.flops * layout.micro_batch / layout.tp / (machine.peak * machine.efficiency)
     forward = max(products, stage.parameters * layout.bytes_each / machine.memory_bandwidth)
-    return forward, forward * (2 + again / max(stage.flops, 1))
+    summed = stage.parameters * _summing_bytes(layout) / machine.memory_bandwidth
+    return forward, forward * (2 + again / max(stage.flops, 1)) + summed
+
+
+def _summing_bytes(layout: Layout) -> float:
+    """Moved for each parameter to add a micro-batch's gradients to fp32 sums: those read, the sums read and written.
+
+    ZeRO-1 in bf16 does so after a lone micro-batch too; in fp32 the first one's gradients are the sums. ZeRO-2 and 3
+    write all gradients into fp32 buckets, and add to the sums the part of them that is this rank's.
+    """
+    if layout.zero > 1:
+        return layout.bytes_each + FP32 + 3 * FP32 / layout.dp
+    added = layout.accumulation - (layout.precision == "fp32")
+    return (layout.bytes_each + 2 * FP32) * added / layout.accumulation
 
 
 def _micro_batch_seconds(

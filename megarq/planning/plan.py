@@ -20,6 +20,8 @@ from megarq.planning.state import StateBytes, state_bytes
 
 TIE = 1.02
 """A layout within 2% of the fastest is as fast: the assumptions are not finer than that."""
+ATOM = 1e-3
+"""So is one within this many seconds of it: latency, which is left out, decides between steps as short as that."""
 SHOWN = 10
 """Layouts in the table."""
 
@@ -62,7 +64,8 @@ def make_plan(config: RQTransformerRunConfig, layouts: Sequence[Layout], machine
             f"{describe_layout(closest.layout)}, needs {closest.needed / GIB:.1f} GiB. Give more --gpus or "
             "--gpu-memory, a smaller --reserve, or train with --ds_config zero3-offload.json."
         )
-    recommended = next(one for one in fit if one.step <= TIE * min(one.step for one in fit))
+    fastest = min(one.step for one in fit)
+    recommended = next(one for one in fit if one.step <= max(TIE * fastest, fastest + ATOM))
     return Plan(sorted(fit, key=lambda one: one.step), unfit, recommended)
 
 
@@ -104,6 +107,7 @@ def facts(
         return {
             "layout": asdict(one.layout),
             "memory": {**one.memory, "total": one.needed},
+            "host_memory": one.host,
             "fullest_stage": one.stage,
             "sent_per_step": dict(one.communication),
             "seconds": {**one.seconds, "step": one.step},
@@ -154,6 +158,7 @@ def render(facts: dict[str, Any]) -> str:
     where = f", stage {best['fullest_stage']}" if best["layout"]["pp"] > 1 else ""
     lines += ["", f"recommended (*): {describe_layout(Layout(**best['layout']))}"]
     lines += [f"memory of a GPU{where}", *_rows(best["memory"], _gib)]
+    lines += _rows({"in the host's memory": best["host_memory"]}, _gib) if best["host_memory"] else []
     lines += ["sent by a GPU in a step", *_rows(best["sent_per_step"], _gib)]
     lines += ["a step", *_rows(best["seconds"], lambda seconds: f"{seconds:.3f} s")]
     lines += [f"the run: {best['gpu_hours']:,.0f} GPU-hours, {best['gpu_hours'] / machine['gpus'] / 24:,.1f} days"]

@@ -14,12 +14,15 @@ keeps all gradients between the micro-batches of a step; without accumulation, o
 part touches, like ZeRO-2. Buckets of gradients under way and parameters gathered for a moment are not state.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from megarq.planning.layout import Layout
 from megarq.planning.sharding import Shard, Sharding
 
 FP32, BF16 = 4, 2
+PARTS = ("parameters", "masters", "moments", "gradients", "ema", "buffers", "staging")
+"""Of a rank's state."""
 PERSISTENCE_THRESHOLD = 100_000
 """ZeRO-3 keeps parameters of up to this many numbers whole on all ranks (stage3_param_persistence_threshold)."""
 
@@ -42,18 +45,27 @@ class StateBytes:
     """Frozen codebooks."""
     staging: int
     """Through which gradients go to an offloaded optimiser and weights come back."""
-    host: int
-    """Of all these, those in the host's memory."""
+    on_host: Mapping[str, int]
+    """Of all these, those in the host's memory, by part."""
 
-    @property
-    def total(self) -> int:
-        """On the device and the host together."""
-        return sum(getattr(self, part.name) for part in fields(self) if part.name != "host")
+    def on_device(self, *parts: str) -> int:
+        """Of some parts, those on the device."""
+        return sum(getattr(self, part) - self.on_host[part] for part in parts)
 
     @property
     def device(self) -> int:
         """On the device."""
-        return self.total - self.host
+        return self.on_device(*PARTS)
+
+    @property
+    def host(self) -> int:
+        """In the host's memory."""
+        return sum(self.on_host.values())
+
+    @property
+    def total(self) -> int:
+        """On the device and the host together."""
+        return self.device + self.host
 
 
 def state_bytes(
@@ -66,9 +78,6 @@ def state_bytes(
     staging, staging_on_host = _staging(sharding, layout)
     masters, moments = FP32 * flat, 2 * FP32 * flat + FP32 * len(sharding.flats)
     ema = FP32 * int(sharding.length[:, data_rank].sum()) if layout.ema else 0
-    host = gradients_on_host + staging_on_host
-    host += masters + moments + ema if layout.offload_optimizer else 0
-    host += cut if layout.offload_parameters else 0
     return StateBytes(
         parameters=cut + whole,
         masters=masters,
@@ -77,7 +86,15 @@ def state_bytes(
         ema=ema,
         buffers=shard.buffer_bytes,
         staging=staging,
-        host=host,
+        on_host={
+            "parameters": cut * layout.offload_parameters,
+            "masters": masters * layout.offload_optimizer,
+            "moments": moments * layout.offload_optimizer,
+            "gradients": gradients_on_host,
+            "ema": ema * layout.offload_optimizer,
+            "buffers": 0,
+            "staging": staging_on_host,
+        },
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from megarq import cli
 from megarq.errors import ConfigError
-from megarq.launch.environment import LaunchEnvironment, read_environment
+from megarq.launch.environment import LaunchEnvironment, read_environment, worker_place
 
 Item = TypeVar("Item")
 
@@ -76,10 +76,8 @@ def find_crew(environ: Mapping[str, str]) -> Crew:
         # Not by variables: under mpirun inside a SLURM job, those of srun tell the place of mpirun's own helper.
         places = {"rank": comm.rank, "world_size": comm.size, "local_rank": _on_this_host(comm).rank}
         return Crew(replace(environment, **places), workers=comm.size, comm=comm)
-    tasks, size = int(environ.get("SLURM_ARRAY_TASK_COUNT", 1)), environment.world_size
-    names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP")
-    number, least, step = (int(environ.get(name, default)) for name, default in zip(names, (0, 0, 1), strict=True))
-    return Crew(environment, first=(number - least) // step * size, workers=tasks * size)
+    number, workers = worker_place(environ, environment)
+    return Crew(environment, first=number - environment.rank, workers=workers)
 
 
 def _world() -> Any:

@@ -154,6 +154,8 @@ def make_shard(
     for key in lost:  # counted only now, as the decoder counted in a thread of its own
         faults.skip(source, key, Fault.NOT_FINITE, _not_finite(work.settings))
     found = sorted((faults.counts - counts).items())
+    if work.settings.caption_field and record.samples and not record.captioned:
+        logger.warning("%s: no picture has the caption field %r in its .json", source, work.settings.caption_field)
     perplexity = perplexities[0] if perplexities else ()
     record = replace(
         record,

@@ -1,33 +1,26 @@
 """Which shards are still to be made in an output folder, who makes them, and the last step that completes the folder.
 
 A shard is done when its tar has the size that its record tells; the record is `000003.json` beside the tar while the
-folder is being filled, and an entry of manifest.json afterwards. A worker makes a shard only while it holds the lock on
-`.000003.tar.lock`. The kernel takes a lock away from a process that dies, on whatever host, so that the next worker to
-come by makes the shard again: nothing is shared between workers but the folder.
+folder is being filled, and an entry of manifest.json afterwards. Locks keep workers apart (`data/shared_work`).
 """
 
-import errno
 import logging
 import os
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from megarq.data.code_shards import check_size
 from megarq.data.faults import Faults
 from megarq.data.manifest import MANIFEST, CodeSettings, Manifest, ShardRecord, load_record, record_path
+from megarq.data.shared_work import locked, remove_leftovers, take_files
 from megarq.data.sources import is_local, local_size, source_name
 from megarq.errors import DataError
 from megarq.inference.pretrained import save_rqvae
 from megarq.rqvae.model import RQVAE
 
 logger = logging.getLogger(__name__)
-
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class Work:
@@ -63,24 +56,8 @@ class Work:
         return sum(file in complete or record_path(self.folder, file).name in recorded for file in self.files)
 
     def take(self, number: int, workers: int, but: Iterable[int] = ()) -> Generator[int, None, None]:
-        """Shards for one worker to make, each locked until the next is asked for; close it where it is not exhausted.
-
-        Worker r of n takes shards r, r + n, ... and then what nobody holds, from the ends of the others' shares, which
-        they reach last. At the end every shard is done, taken, or held by another worker; those of `but` are left out.
-        Raises: DataError on a file system without locks.
-        """
-        waiting = [index for index in self._order(number, workers) if index not in set(but)]
-        while waiting:
-            held = []
-            for index in waiting:
-                with self._lock(self.files[index]) as mine:
-                    if not mine:
-                        held.append(index)
-                    elif self._done(index) is None:  # somebody may have made it while we were busy
-                        yield index
-            if held == waiting:
-                return
-            waiting = held
+        """Shards for worker `number` of `workers` to make, each locked until the next is asked for (`take_files`)."""
+        return take_files(self.folder, self.files, lambda index: self._done(index) is not None, number, workers, but)
 
     def finish(self, rqvae: RQVAE, failures: Mapping[int, str], max_bad_rate: float) -> Manifest | None:
         """Complete the folder: RQ-VAE, manifest, and nothing left of records, locks and killed runs' half files.
@@ -88,7 +65,7 @@ class Work:
         failures: what went wrong with shards. None where the missing shards are other workers' to make.
         Raises: DataError where a shard failed and nobody made it since, or too many or all samples are bad.
         """
-        with self._lock(MANIFEST, wait=True):
+        with locked(self.folder, MANIFEST, wait=True):
             self._refresh()
             records = self.done()
             lost = {self.sources[index]: why for index, why in sorted(failures.items()) if index not in records}
@@ -109,47 +86,18 @@ class Work:
                     f"no usable picture in {len(self.sources)} image shards, the first being {self.sources[0]!r}. "
                     "Give tars whose samples have an image member (.jpg .jpeg .png .webp)."
                 )
+            if self.settings.caption_field and not any(record.captioned for record in manifest.shards):
+                raise DataError(
+                    f"no picture has a caption in the field {self.settings.caption_field!r} of its .json. Give the name "
+                    "of the field to --caption-field, and another --output."
+                )
             save_rqvae(rqvae, self.folder)
             manifest.save(self.folder)
             for file in self.files:
                 record_path(self.folder, file).unlink(missing_ok=True)
-                with self._lock(file) as mine:
-                    if mine:  # nobody is making it again
-                        self._remove(f".{file}.tmp", f".{file}.lock")
-            self._remove(f".{MANIFEST}.lock")
+            remove_leftovers(self.folder, self.files)
+            (self.folder / f".{MANIFEST}.lock").unlink(missing_ok=True)
             return manifest
-
-    def _remove(self, *names: str) -> None:
-        for name in names:
-            (self.folder / name).unlink(missing_ok=True)
-
-    def _order(self, number: int, workers: int) -> list[int]:
-        """All shards, in the order in which a worker should ask for them."""
-        shares = [range(worker % workers, len(self.sources), workers) for worker in range(number, number + workers)]
-        return [*shares[0], *(index for share in shares[1:] for index in reversed(share))]
-
-    @contextmanager
-    def _lock(self, file: str, wait: bool = False) -> Iterator[bool]:
-        """Whether this worker has `file` to itself while the body runs."""
-        lock = FileLock(self.folder / f".{file}.lock", fallback_to_soft=False)
-        try:
-            lock.acquire(blocking=wait)
-        except Timeout:
-            yield False
-            return
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                raise DataError(
-                    f"{self.folder} lies on a file system without locks ({error}). Choose an --output "
-                    "elsewhere, or mount it with locks (Lustre: -o flock)."
-                ) from error
-            raise DataError(
-                f"{lock.lock_file} cannot be locked ({error}). Check the folder's rights and free space."
-            ) from error
-        try:
-            yield True
-        finally:
-            lock.release()
 
     def _refresh(self) -> None:
         """Read the manifest where it is new, or another worker has replaced it."""

@@ -7,12 +7,12 @@ would be off by 2e-3.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from live_engines import live_engine, train
 from tiny_runs import BATCH, engine_run, global_batch, tiny_config, tiny_model, tiny_rqvae
 from torch import Tensor
 
@@ -20,9 +20,10 @@ from megarq.checkpoint.run_folder import checkpoint_at
 from megarq.config.deepspeed import read_ds_config
 from megarq.config.names import CONFIGS
 from megarq.config.run import ParallelConfig, RQTransformerRunConfig
+from megarq.engine.build import import_deepspeed
 
 MICRO, STEPS = 2, 1
-NAMES = ["zero1", "zero2", "zero3", "zero3-offload"]
+NAMES = ["zero1", "zero2", "zero3", "zero3-offload", "pipeline"]
 CPU = {"device": "cpu"}
 OTHERS = {
     "ZeRO-1, optimizer offloaded": {"zero_optimization": {"stage": 1, "offload_optimizer": CPU}},
@@ -61,13 +62,17 @@ def reductions() -> Iterator[set[str]]:
         yield seen
 
 
-def reduced_types(ds: dict[str, Any]) -> set[str]:
+def started(rank_group: Any, name: str) -> tuple[Any, ParallelConfig]:
+    """Two data-parallel ranks of each stage, and the layout of a configuration."""
+    parallel = ParallelConfig(pp=2 if name == "pipeline" else 1)
+    return rank_group(2 * parallel.pp, f"pp{parallel.pp}"), parallel
+
+
+def reduced_types(run: Path, ds: dict[str, Any], parallel: ParallelConfig) -> set[str]:
     """Types of what is reduced in one update of two micro-batches."""
-    config = config_of()
-    engine, groups, _ = live_engine(config, ds)
+    import_deepspeed(torch.device("cpu")).init_distributed(dist_init_required=False)  # or there is nothing to watch
     with reductions() as seen:
-        train(engine, config, groups.topology, range(STEPS))
-    engine.destroy()
+        engine_run(run, config_of(), ds, parallel)
     return seen
 
 
@@ -94,14 +99,15 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("name", [*NAMES, *OTHERS])
-def test_reductions_are_in_fp32(rank_group, name):
-    assert rank_group(2).run(reduced_types, ds_of(name)) == [{"torch.float32"}] * 2
+def test_reductions_are_in_fp32(rank_group, run, name):
+    group, parallel = started(rank_group, name)
+    assert group.run(reduced_types, run, ds_of(name), parallel) == [{"torch.float32"}] * group.size
 
 
-@pytest.mark.parametrize("name", [*NAMES, *OTHERS, "pipeline"])
+@pytest.mark.parametrize("name", [*NAMES, *OTHERS])
 def test_micro_batches_are_summed_in_fp32(rank_group, run, name):
-    config, parallel = config_of(), ParallelConfig(pp=2 if name == "pipeline" else 1)
-    rank_group(2, f"pp{parallel.pp}").run(engine_run, run, config, ds_of(name), parallel)
+    config, (group, parallel) = config_of(), started(rank_group, name)
+    group.run(engine_run, run, config, ds_of(name), parallel)
     expected = rank_group(1, "plain").run(summed_gradients, torch.float32)[0]
     checkpoint = checkpoint_at(run)
     ours = {name: checkpoint.tensor(name, "exp_avg") / (1 - config.train.betas[0]) for name in expected}

@@ -182,7 +182,7 @@ class Case:
         """The bytes of a rank by the planner."""
         kind, data_rank = self.plan.kind(rank), self.layout.topology(rank).data_rank
         state = state_bytes(kind.shard, kind.sharding, self.layout, data_rank, self.persistence)
-        return {name: value for name, value in vars(state).items() if name != "host"}
+        return {name: value for name, value in vars(state).items() if name != "on_host"}
 
     def expect_state(self) -> None:
         """The planner's bytes are those found, part by part, on every rank."""

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from cut_layers import SIZES, tensor_group
+from cut_layers import SIZES, own, tensor_group
 from torch import Tensor
 
-from megarq.parallel.collectives import split_to
 from megarq.rqvae.quantizer import ResidualQuantizer
 
 DIM, BATCH = 8, 50
@@ -28,7 +27,7 @@ def check_draws(sizes: tuple[int, ...], shared: bool, temperature: float) -> Non
     _, _, generators = prepared(sizes, shared)
     codes, soft = quantizer.draw_codes(latents, temperature, generators, tp)
     assert torch.equal(codes, expected_codes)
-    torch.testing.assert_close(soft, split_to(expected_soft, tp))
+    torch.testing.assert_close(soft, own(expected_soft))
     _, _, generators = prepared(sizes, shared)
     assert torch.equal(quantizer.draw_hard_codes(latents, temperature, generators, tp), expected_codes)
 

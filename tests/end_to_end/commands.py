@@ -10,6 +10,7 @@ DeepSpeed imported already; each has its own, since DeepSpeed keeps process grou
 import functools
 import logging
 import multiprocessing
+import multiprocessing.process
 import os
 import runpy
 import socket
@@ -65,6 +66,17 @@ def call_ranks(script: str, *arguments: object, ranks: int) -> list[Outcome]:
     return _forks(script, arguments, [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)])
 
 
+def start_ranks(script: str, *arguments: object, ranks: int, log: Path) -> list[multiprocessing.process.BaseProcess]:
+    """The forks of a job that shares nothing but its output, running; all that they print goes into one file."""
+    _preload_once()
+    start = multiprocessing.get_context("fork").Process
+    places = [{"WORLD_SIZE": str(ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    forks = [start(target=_run, args=(script, arguments, (log, log), place)) for place in places]
+    for fork in forks:
+        fork.start()
+    return forks
+
+
 def _forks(script: str, arguments: tuple[object, ...], places: list[dict[str, str]]) -> list[Outcome]:
     _preload_once()
     outcomes = []
@@ -111,7 +123,7 @@ def _preload_once() -> None:
 def _run(script: str, arguments: tuple[object, ...], streams: tuple[Path, Path], place: dict[str, str]) -> None:
     """The fork: fresh streams, environment and log handlers, then the script's file."""
     for descriptor, (name, path) in enumerate(zip(("stdout", "stderr"), streams, strict=True), start=1):
-        with path.open("wb") as file:
+        with path.open("ab") as file:
             os.dup2(file.fileno(), descriptor)
         setattr(sys, name, open(descriptor, "w", buffering=1, encoding="utf-8", closefd=False))  # noqa: SIM115
     environment = _environment() | place

@@ -18,7 +18,15 @@ def test_steps_are_timed_and_held_against_peak_and_plan(tmp_path):
     assert result["images_per_second"] == pytest.approx(8 / result["seconds_per_step"]["median"])
     assert result["mfu"] == pytest.approx(result["tflops_per_device"] / 2)
     assert result["planned_memory_gib"] > 16 * PARAMETERS / 2**30  # weights, gradients and moments in fp32, at least
+    assert result["planned_host_memory_gib"] == 0
     assert result["layout"] == {"dp": 1, "tp": 1, "pp": 1, "zero": 1}
+
+
+def test_what_is_offloaded_is_planned_for_the_hosts_memory(tmp_path):
+    succeed("benchmarks/train_step.py", *SMALL, "--ds_config", "zero3-offload.json", "--json", tmp_path / "out.json")
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["planned_host_memory_gib"] > 16 * PARAMETERS / 2**30  # weights, gradients and moments, at least
+    assert result["planned_memory_gib"] > 0
 
 
 def test_a_layout_of_several_ranks_is_timed(tmp_path):
@@ -48,7 +56,7 @@ def test_one_rank_of_many_measures_its_loading(walk):
     half = ("--one-rank", walk / "codes", 1, 24, "--ranks", 2, "--batch", 8, "--steps", 6)
     result = json.loads(succeed("benchmarks/loader_scale.py", *half).printed)
     assert result["samples"] == 24 and result["bytes_read"] > 0
-    assert result["seconds_to_open"] + result["seconds_to_first_batch"] > 0
+    assert 0 < result["seconds_to_open"] <= result["seconds_to_first_batch"]
     assert 0 < result["peak_mib_before"] <= result["peak_mib_at_first_batch"] <= result["peak_mib_at_end"]
 
 
@@ -60,5 +68,6 @@ def test_pretokenization_is_held_against_its_parts(tmp_path):
     result = json.loads((tmp_path / "out.json").read_text())
     speed = result["images_per_second"]
     assert result["images"] == 6 and set(speed) == {"decode", "encode", "whole"}
-    assert result["efficiency"] == pytest.approx(speed["whole"] * (1 / speed["decode"] + 1 / speed["encode"]))
+    parts = 1 / speed["decode"] + 1 / speed["encode"]
+    assert result["efficiency"] == pytest.approx(speed["whole"] * parts, abs=0.01)
     assert all(len(depths) == 3 and min(depths) >= 0 for depths in result["agreement_with_fp32"].values())

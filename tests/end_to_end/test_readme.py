@@ -1,4 +1,4 @@
-"""What README.md, CONTRIBUTING.md and docs/ tell a reader to type exists and is accepted."""
+"""What README.md, CONTRIBUTING.md, benchmarks/README.md and docs/ tell a reader to type exists and is accepted."""
 
 import argparse
 import ast
@@ -22,7 +22,7 @@ from megarq.config.schema import known_keys
 from tests.end_to_end.conftest import Walk
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HALF_A_PAGE = 40
@@ -95,6 +95,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(argparse.ArgumentParser, name, stop)
 
     def parsed(script: str, arguments: list[str]) -> argparse.Namespace:
+        monkeypatch.syspath_prepend((ROOT / script).parent)  # as Python does for a script
         try:
             load(script).main(arguments)
         except ParsedError as stopped:
@@ -130,7 +131,7 @@ def test_command_is_accepted(command, parse):
         read_ds_config(resolve_name(args.ds_config, CONFIGS / "deepspeed", ".json"))
     if getattr(args, "model", None):
         kind = {"megarq/train.py": "rq-transformer", "megarq/train_rqvae.py": "rq-vae"}.get(script)
-        load_config(args.model, args.overrides, kind)
+        load_config(args.model, getattr(args, "overrides", []), kind)
 
 
 @pytest.mark.parametrize(

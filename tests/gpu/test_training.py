@@ -1,10 +1,10 @@
 """Training and sampling on a GPU; skipped where there is none."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from tiny_runs import ds_config, engine_run, largest_deviation, metrics_of, plain_run, tiny_config, tiny_rqvae
 
 from megarq.inference.authors import import_pretrained
@@ -13,34 +13,64 @@ from megarq.parallel.initialization import named_generator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 REFERENCE = Path(__file__).parents[1] / "reference"
+CUDA = torch.device("cuda")
+PRECISIONS = pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 3e-2)])
 
 
-@pytest.fixture(scope="module")
-def nccl_group():
-    """A group of this one process, as `python megarq/train.py` has."""
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def deviation(run: Path, ds: dict[str, Any], **train: Any) -> float:
+    """Of the losses and gradient norms of a run on the GPU from those of plain torch on the CPU, in fp32."""
+    expected, _, _ = plain_run(tiny_config())
+    engine_run(run, tiny_config(**train), ds, device=CUDA)
+    return largest_deviation(metrics_of(run), expected)
+
+
+def expect_exact_resume(folder: Path, stage: int, **train: Any) -> None:
+    """A run killed after its checkpoint goes on as the one that was not."""
+    config = tiny_config(precision="bf16", **train)
+    config.checkpoint.every = 3
+    whole = engine_run(folder / "whole", config, ds_config(stage), device=CUDA)
+    engine_run(folder / "killed", config, ds_config(stage), kill_at=4, device=CUDA)
+    resumed = engine_run(folder / "killed", config, ds_config(stage), device=CUDA)
+    assert largest_deviation(metrics_of(folder / "killed"), metrics_of(folder / "whole")) == 0
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 3e-2)])
+@PRECISIONS
 def test_losses_and_gradient_norms_are_those_of_plain_torch_on_the_cpu(
     nccl_group, tmp_path, stage, precision, tolerance
 ):
-    expected, _, _ = plain_run(tiny_config())
-    engine_run(tmp_path, tiny_config(precision=precision), ds_config(stage), device=torch.device("cuda"))
-    assert largest_deviation(metrics_of(tmp_path), expected) < tolerance
+    assert deviation(tmp_path, ds_config(stage), precision=precision) < tolerance
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@PRECISIONS
+def test_compiled_blocks_train_alike(nccl_group, tmp_path, stage, precision, tolerance):
+    assert deviation(tmp_path, ds_config(stage), precision=precision, compile=True) < tolerance
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@PRECISIONS
+def test_an_offloaded_optimizer_trains_alike(nccl_group, tmp_path, stage, precision, tolerance):
+    ds = ds_config(stage)
+    ds["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    assert deviation(tmp_path, ds, precision=precision) < tolerance
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@PRECISIONS
+def test_kernels_of_apex_train_alike(nccl_group, tmp_path, stage, precision, tolerance):
+    pytest.importorskip("apex")
+    assert deviation(tmp_path, ds_config(stage), precision=precision, kernels="apex") < tolerance
 
 
 def test_a_resumed_run_goes_on_exactly(nccl_group, tmp_path):
-    device, config = torch.device("cuda"), tiny_config(precision="bf16")
-    config.checkpoint.every = 3
-    whole = engine_run(tmp_path / "whole", config, ds_config(3), device=device)
-    engine_run(tmp_path / "killed", config, ds_config(3), kill_at=4, device=device)
-    resumed = engine_run(tmp_path / "killed", config, ds_config(3), device=device)
-    assert largest_deviation(metrics_of(tmp_path / "killed"), metrics_of(tmp_path / "whole")) == 0
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    expect_exact_resume(tmp_path, 3)
+
+
+def test_a_resumed_run_with_apex_goes_on_exactly(nccl_group, tmp_path):
+    pytest.importorskip("apex")
+    expect_exact_resume(tmp_path, 1, kernels="apex")
 
 
 @pytest.mark.parametrize("kind", ["text", "class"])

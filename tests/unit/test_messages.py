@@ -1,8 +1,8 @@
 """Every message that a user can meet says what is wrong, with the value got, and what to do.
 
-All places that make a ConfigError, DataError or CheckpointError are found in the syntax trees of megarq/ and tools/. A
-message is taken apart into clauses, at colons, full stops, semicolons and question marks. (MegarqError itself is for
-passing on that another rank or command has failed, which has said why.)
+All places that make a ConfigError, DataError or CheckpointError are found in the syntax trees of megarq/, tools/ and
+evaluation/. A message is taken apart into clauses, at colons, full stops, semicolons and question marks. (MegarqError
+itself is for passing on that another rank or command has failed, which has said why.)
 """
 
 import ast
@@ -16,7 +16,7 @@ import pytest
 from megarq import errors
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(path for folder in ("megarq", "tools") for path in (ROOT / folder).rglob("*.py"))
+FILES = sorted(path for folder in ("megarq", "tools", "evaluation") for path in (ROOT / folder).rglob("*.py"))
 KINDS = {
     name
     for name, kind in vars(errors).items()

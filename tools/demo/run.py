@@ -3,7 +3,8 @@
     python tools/demo/run.py --output runs/demo
 
 Every step is one of the commands that a user types; they are printed as they run. At the end stand a table,
-OUTPUT/report.json and OUTPUT/samples.png. An interrupted demo goes on where it was; a finished one starts afresh.
+OUTPUT/report.html, OUTPUT/report.json and OUTPUT/samples.png. An interrupted demo goes on where it was; a finished one
+starts afresh.
 """
 
 import argparse
@@ -20,17 +21,19 @@ import torch
 from digits import WORDINGS, caption, enlarged, split
 from judge import DigitClassifier, Pictures, compare, grey
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from megarq import ImageGenerator, cli
+from megarq.config.load import load_config
+from megarq.config.run import RQTransformerRunConfig
 from megarq.data.code_shards import CodeShards
+from megarq.data.pictures import decode_plain, open_pictures
 from megarq.errors import MegarqError
 from megarq.files import write_atomically
 from megarq.launch.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 DRAWS, TEMPERATURE = 8, 0.01
-PICTURES = 200
+PICTURES, PROMPTS = 200, "prompts.json"
 SEED = 0
 
 
@@ -61,6 +64,32 @@ def walk(output: Path, shuffle_captions: bool) -> dict[str, list[str]]:
         "codes": pretokenize(output, output / "codes", DRAWS, TEMPERATURE),
         "rqtransformer": train(output, output / "codes", output / "rqtransformer"),
         "export": export(output / "rqtransformer", output / "model"),
+        **evaluation(output),
+    }
+
+
+def evaluation(output: Path) -> dict[str, list[str]]:
+    """The commands that draw a set of pictures, score it, and show both on a page."""
+    pictures, network, scores = (str(output / name) for name in ("pictures", "digits.safetensors", "scores.json"))
+    config = load_config("demo", [], "rq-transformer")
+    assert isinstance(config, RQTransformerRunConfig)
+    sampling = ["--top-k", str(config.sampling.top_k), "--top-p", str(config.sampling.top_p), "--seed", str(SEED)]
+    real = shard_patterns(output)[1]
+    python = [sys.executable]
+    return {
+        "pictures": [
+            *[*python, "evaluation/coco.py", "--model", str(output / "model"), "--items", str(output / PROMPTS)],
+            *["--count", str(PICTURES), "--output", pictures, *sampling],
+        ],
+        "digits' network": [*python, "tools/demo/digit_protocol.py", "--output", network],
+        "scores": [
+            *[*python, "evaluation/score.py", pictures, real, "--protocol", "tools/demo/digit_protocol.py"],
+            *["--feature-weights", f"digits={network}", "--metrics", "fid,is,prc", "--json", scores],
+        ],
+        "report": [
+            *[*python, "evaluation/report.py", scores, "--output", str(output / "report.html"), "--reference", real],
+            *["--title", "Digits from captions"],
+        ],
     }
 
 
@@ -110,12 +139,9 @@ def prompts() -> tuple[list[str], list[int]]:
     return [caption(digit, wording) for digit, wording in pairs], [digit for digit, _ in pairs]
 
 
-def draw(generator: ImageGenerator, texts: list[str], seed: int) -> list[Image.Image]:
-    """A picture of each prompt, with the settings that the model states."""
-    images = []
-    for first in tqdm(range(0, len(texts), 50), desc="drawing", unit="batch"):
-        images += generator.generate(prompts=texts[first : first + 50], seed=seed + first)
-    return images
+def drawn_pictures(output: Path) -> list[Image.Image]:
+    """The pictures of the set that was drawn."""
+    return [decode_plain(picture.data) for picture in open_pictures(output / "pictures")]
 
 
 def real_pictures() -> dict[str, tuple[Pictures, list[int]]]:
@@ -148,10 +174,10 @@ def draw_sheet(path: Path, texts: list[str], images: list[Image.Image], columns:
 
 
 def judge(output: Path) -> dict[str, object]:
-    """Draw pictures from the exported model with the settings it states, and compare them with real digits."""
+    """Compare the pictures drawn with real digits, and draw some more to look at."""
     generator = ImageGenerator.from_pretrained(output / "model")
-    texts, asked = prompts()
-    images = draw(generator, texts, SEED)
+    _, asked = prompts()
+    images = drawn_pictures(output)
     real = real_pictures()
     comparison = compare((grey(images), asked), real["train"], real["validation"])
     classifier = DigitClassifier(*real["train"])
@@ -164,11 +190,17 @@ def judge(output: Path) -> dict[str, object]:
         **asdict(comparison),
         "reconstruction_accuracy": classifier.accuracy(rebuilt, real["validation"][1]),
         "validation_loss": last_validation(output / "rqtransformer" / "metrics.jsonl"),
+        "digit_scores": digit_scores(output / "scores.json"),
         "pictures": PICTURES,
         "sampling": asdict(generator.info.sampling),
         "temperature": TEMPERATURE,
         "perplexity_of_q": settings.perplexity,
     }
+
+
+def digit_scores(scores: Path) -> dict[str, float]:
+    """FID and the others under the demo's protocol."""
+    return {name: score["value"] for name, score in json.loads(scores.read_bytes())["metrics"].items()}
 
 
 def last_validation(metrics: Path) -> float:
@@ -192,9 +224,12 @@ def show(report: dict[str, object], output: Path) -> None:
     ):
         value = report[name]
         print(f"  {name:<24} {value if isinstance(value, int) else f'{value:.3f}'}")
-    seconds = report["seconds"]
-    assert isinstance(seconds, dict)
-    print(f"  {'seconds':<24} {sum(seconds.values()):.0f}\n\n{output}/report.json  {output}/samples.png")
+    scores, seconds = report["digit_scores"], report["seconds"]
+    assert isinstance(scores, dict) and isinstance(seconds, dict)
+    for name, value in scores.items():
+        print(f"  {f'{name}, of digits':<24} {value:.3f}")
+    print(f"  {'seconds':<24} {sum(seconds.values()):.0f}\n")
+    print(f"{output}/report.html  {output}/report.json  {output}/samples.png")
     print(
         f"Draw your own: .venv/bin/python tools/sample.py {output}/model --prompt '{caption(7, 0)}' --output seven.png"
     )
@@ -210,6 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     if (output / "report.json").exists():
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / PROMPTS, json.dumps(prompts()[0], indent=1))
     shown = output.relative_to(ROOT) if output.is_relative_to(ROOT) else output
     steps = walk(shown, args.shuffle_captions)
     seconds = {

@@ -7,7 +7,15 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megarq.engine.metrics import METRICS_FILE, MetricsLog, Speed, console_line, memory_gib, peak_tflops
+from megarq.engine.metrics import (
+    _PEAK_TFLOPS,
+    METRICS_FILE,
+    MetricsLog,
+    Speed,
+    console_line,
+    memory_gib,
+    peak_tflops,
+)
 
 VALUES = {
     "loss": 5.8712,
@@ -166,5 +174,17 @@ def test_memory_of_a_cpu_process_is_known():
 
 
 def test_the_peak_is_as_configured_or_unknown_on_a_cpu():
-    assert peak_tflops(CPU, 1.5) == 1.5
-    assert peak_tflops(CPU, None) is None
+    assert peak_tflops(CPU, 1.5, "bf16") == 1.5
+    assert peak_tflops(CPU, None, "bf16") is None
+
+
+@pytest.mark.parametrize(("products", "peak"), [("bf16", 989.0), ("tf32", 494.5), ("fp32", 67.0)])
+def test_the_peak_of_a_gpu_is_that_of_what_it_multiplies_in(monkeypatch, products, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert peak_tflops(torch.device("cuda"), None, products) == peak
+    assert peak_tflops(torch.device("cuda"), 1.5, products) == 1.5
+
+
+def test_every_known_gpu_has_a_peak_for_all_that_it_multiplies_in():
+    assert all({*peaks} == {"bf16", "tf32", "fp32"} for peaks in _PEAK_TFLOPS.values())
+    assert all(peaks["bf16"] > peaks["tf32"] >= peaks["fp32"] for peaks in _PEAK_TFLOPS.values())

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from megarq.config.load import load_config
 from megarq.config.run import RQTransformerRunConfig, RQVAERunConfig
 from megarq.data.order import LoaderState
 from megarq.engine.session import Session, copy_once
-from megarq.engine.start import resolve_and_place
+from megarq.engine.start import joined_session, resolve_and_place
 from megarq.errors import CheckpointError, ConfigError
 from megarq.launch.environment import read_environment
 from megarq.launch.process_group import joined
@@ -106,6 +107,31 @@ def test_a_run_none_of_whose_checkpoints_is_whole_is_refused(alone, tmp_path):
     change_a_byte(publish(tmp_path, config_of()))
     with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
         open_session(config_of(), tmp_path)
+
+
+def test_a_run_says_what_started_its_ranks(monkeypatch, tmp_path):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"PROCID": "0", "NTASKS": "1", "LOCALID": "0", "STEP_ID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with joined_session(config_of(), "zero1.json", str(tmp_path / "run")) as session:
+        assert "1 x cpu (launcher: srun): dp 1" in session._opening(SimpleNamespace(steps=5), 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "precision", "products"),
+    [
+        ("demo", "bf16", "bf16"),
+        ("demo", "fp32", "fp32"),
+        ("rqvae-demo", "bf16", "bf16"),
+        ("rqvae-demo", "fp32", "tf32"),
+    ],
+)
+def test_convolutions_in_fp32_are_multiplied_in_tf32(alone, tmp_path, model, precision, products):
+    config = load_config(model, [f"train.precision={precision}"])
+    assert Session.open(config, {}, Topology(), tmp_path / "run", CPU).products == products
+    torchs = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    assert torchs == ("none", "tf32"), "what the rule rests on"
 
 
 def test_layouts_are_checked_without_a_process_group():

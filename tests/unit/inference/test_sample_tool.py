@@ -104,3 +104,43 @@ def test_another_kind_of_picture_file_is_refused(tool, folder, tmp_path):
 def test_an_error_is_printed_without_traceback(tool, tmp_path, capsys):
     assert cli.run(lambda: tool.main([str(tmp_path / "nowhere"), "--prompt", "two"])) == 2
     assert "is not a folder" in capsys.readouterr().err
+
+
+@pytest.fixture
+def bright(tool, monkeypatch):
+    """Rank by brightness."""
+
+    def rank(pictures, items):
+        assert all(item.prompt == "two" or item.label == 3 for item in items)
+        return [float(np.asarray(picture).mean()) for picture in pictures]
+
+    monkeypatch.setattr(tool, "find_ranker", lambda options: rank)
+
+
+@pytest.mark.parametrize("asked", [["--prompt", "two"], ["--class", "3"]], ids=["prompt", "class"])
+def test_the_best_of_several_are_shown_best_first(tool, folder, class_folder, bright, tmp_path, asked):
+    model = folder if asked[0] == "--prompt" else class_folder
+    tool.main([model, *asked, "--count", "9", "--keep-best", "4", "--output", str(tmp_path / "g.png")])
+    sheet = Image.open(tmp_path / "g.png")
+    question = {"prompts": ["two"]} if asked[0] == "--prompt" else {"classes": [3]}
+    pictures = tool.ImageGenerator.from_pretrained(model).generate(**question, count=9)
+    means = [np.asarray(picture).mean() for picture in pictures]
+    best = sorted(means, reverse=True)[:4]
+    assert json.loads(sheet.text["scores"]) == pytest.approx(best) and sheet.text["keep_best"] == "4"
+    assert [np.asarray(sheet)[row : row + 4, column : column + 4].mean() for row in (2, 8) for column in (2, 8)] == (
+        pytest.approx(best)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "two", "--count", "2", "--keep-best", "3"], "--keep-best 3 of --count 2: give 1 to 2"),
+        (["--prompt", "two", "--keep-best", "0"], "--keep-best 0 of --count 1"),
+        (["--prompt", "two", "--ranker-weights", "x"], "--ranker-weights without --keep-best"),
+        (["--keep-best", "1"], "without --prompt or --class"),
+    ],
+)
+def test_what_cannot_be_ranked_is_refused(tool, folder, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        tool.main([folder, *options, "--output", str(tmp_path / "g.png")])

@@ -3,7 +3,7 @@
 import pytest
 
 from megarq.errors import ConfigError
-from megarq.launch.environment import LaunchEnvironment, read_environment
+from megarq.launch.environment import LaunchEnvironment, read_environment, worker_place
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "1234"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", **MASTER}
@@ -80,3 +80,9 @@ def test_what_is_not_a_number_is_refused(variable, value):
 def test_a_rank_outside_its_world_is_refused():
     with pytest.raises(ConfigError, match="RANK=3, but WORLD_SIZE=1"):
         read_environment({"RANK": "3"})
+
+
+def test_the_tasks_of_a_job_array_are_workers_side_by_side():
+    array = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}
+    for environ, place in (({}, (0, 1)), (array, (2, 4)), (SRUN, (3, 8)), (SRUN | array, (19, 32))):
+        assert worker_place(environ, read_environment(environ)) == place

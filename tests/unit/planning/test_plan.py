@@ -15,7 +15,7 @@ from megarq.planning.estimate import GIB, StageCosts, estimate
 from megarq.planning.flops import training_flops
 from megarq.planning.layout import Layout
 from megarq.planning.layouts import lawful_layouts
-from megarq.planning.plan import TIE, facts, make_plan, render
+from megarq.planning.plan import ATOM, TIE, facts, make_plan, render
 from megarq.planning.sharding import model_shard, optimizer_sharding
 from megarq.planning.state import state_bytes
 
@@ -59,11 +59,20 @@ def test_every_lawful_layout_is_in_the_plan_once(run_config, planned) -> None:
 
 
 def test_the_recommended_layout_is_the_plainest_of_the_fastest(run_config, planned) -> None:
-    fastest = [one.layout for one in planned.estimates if one.step <= TIE * planned.estimates[0].step]
+    least = planned.estimates[0].step
+    fastest = [one.layout for one in planned.estimates if one.step <= max(TIE * least, least + ATOM)]
     plain = [replace(layout, micro_batch=1, accumulation=1) for layout in fastest]
     order = list(lawful_layouts(run_config, 4, 2))
     best = replace(planned.recommended.layout, micro_batch=1, accumulation=1)
     assert order.index(best) == min(map(order.index, plain))
+
+
+def test_of_layouts_a_millisecond_apart_the_plainest_is_recommended(run_config, machine) -> None:
+    layouts = list(lawful_layouts(run_config, 4, 2))
+    plan = make_plan(run_config, layouts, replace(machine, peak=1e15))
+    steps = [one.step for one in plan.estimates]
+    assert TIE * steps[0] < plan.recommended.step < steps[0] + ATOM
+    assert replace(plan.recommended.layout, micro_batch=1, accumulation=1) == layouts[0]
 
 
 def test_what_does_not_fit_is_not_recommended(run_config, machine) -> None:
@@ -84,6 +93,63 @@ def test_state_is_what_the_state_formulas_say(run_config, estimated) -> None:
     state = state_bytes(shard, optimizer_sharding(shard.parameters, layout), layout, 0)
     memory = estimated(layout).memory
     assert memory["parameters"] + memory["gradients"] + memory["optimizer"] == state.total
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_what_is_offloaded_is_in_the_hosts_memory_alone(run_config, machine, estimated, zero) -> None:
+    plain = Layout(1, 1, 4, zero, micro_batch=3)
+    offloaded = replace(plain, offload_optimizer=True, offload_parameters=zero == 3)
+    shard = model_shard(run_config.model, offloaded, 0, ALONE)
+    state = state_bytes(shard, optimizer_sharding(shard.parameters, offloaded), offloaded, 0)
+    one, other = estimated(plain), estimated(offloaded)
+    assert (one.host, other.host) == (0, state.host)
+    assert other.memory["optimizer"] == 0 < one.memory["optimizer"] < other.host
+    rest = one.memory["activations"] + one.memory["buffers"] + machine.reserve
+    assert other.needed == state.device + rest
+
+
+def test_a_lone_rank_gathers_the_parameters_that_it_offloads(run_config, estimated) -> None:
+    kept, offloaded = (estimated(Layout(1, 1, 1, 3, offload_parameters=each)).memory for each in (False, True))
+    gathered = 2 * model_shard(run_config.model, Layout(1, 1, 1, 1), 0, ALONE).numel
+    assert offloaded["buffers"] - kept["buffers"] == gathered
+
+
+def test_the_page_shows_the_hosts_memory_where_it_is_used(run_config, machine) -> None:
+    def page(**offloads) -> str:
+        layout = Layout(1, 1, 4, 3, micro_batch=3, **offloads)
+        return render(facts(make_plan(run_config, [layout], machine), "small", run_config, machine, 1e6, []))
+
+    assert "in the host's memory" in page(offload_optimizer=True)
+    assert "in the host's memory" not in page()
+
+
+FP32_SUMS = 2 * 4
+"""Bytes of a sum, read and written."""
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision", "moved"),
+    [
+        (1, "bf16", 2 + FP32_SUMS),
+        (1, "fp32", 4 + FP32_SUMS),
+        (2, "bf16", 2 + 4 + (4 + FP32_SUMS) / 4),
+        (3, "bf16", 2 + 4 + (4 + FP32_SUMS) / 4),
+    ],
+)
+def test_each_micro_batch_more_adds_its_gradients_once_more(run_config, estimated, zero, precision, moved) -> None:
+    """On a machine that computes so slowly that products hide all traffic and no weights are waited for."""
+    layout = Layout(1, 1, 4, zero, precision=precision, micro_batch=3, accumulation=1)
+    numbers = model_shard(run_config.model, layout, 0, ALONE).numel
+    one, three = (estimated(replace(layout, micro_batch=3 // count, accumulation=count), peak=1e10) for count in (1, 3))
+    assert three.step - one.step == pytest.approx(2 * moved * numbers / 1e12, rel=1e-3)
+
+
+def test_gradients_of_a_lone_micro_batch_are_summed_in_bf16_alone(run_config, estimated) -> None:
+    for precision, moved in (("bf16", 2 + FP32_SUMS), ("fp32", 0)):
+        layout = Layout(1, 1, 1, 1, precision=precision, micro_batch=12)
+        computing, products = (estimated(layout, memory_bandwidth=b).seconds["computing"] for b in (1e12, 1e30))
+        numbers = model_shard(run_config.model, layout, 0, ALONE).numel
+        assert computing - products == pytest.approx(moved * numbers / 1e12)
 
 
 def test_one_gpu_computes_at_the_stated_efficiency(run_config, estimated) -> None:
@@ -156,6 +222,18 @@ def test_the_tool_rehearses_the_recommended_layout(tool, capsys) -> None:
     numbers = json.loads(capsys.readouterr().out)
     assert numbers["dry_run"]["coverage"]["every_number_once"]
     assert numbers["dry_run"]["layout"]["tp"] == 2
+
+
+@pytest.mark.parametrize(("options", "peak"), [([], 67), (["train.precision=bf16"], 989), (["--peak-tflops", "5"], 5)])
+def test_the_peak_is_that_of_the_training_precision_unless_given(tool, capsys, options, peak) -> None:
+    tool.main(["--model", "demo", "--gpus", "1", "--json", *options])
+    assert json.loads(capsys.readouterr().out)["machine"]["peak"] == peak * 1e12
+
+
+def test_a_tiny_model_is_not_cut(tool, capsys) -> None:
+    tool.main(["--model", "demo", "--gpus", "4", "--json"])
+    layout = json.loads(capsys.readouterr().out)["recommended"]["layout"]
+    assert [layout[name] for name in ("tp", "pp", "dp", "zero")] == [1, 1, 4, 1]
 
 
 @pytest.mark.parametrize("option", ["--gpus", "--gpu-memory", "--peak-tflops", "--node-link-gb-s"])

@@ -16,7 +16,7 @@ from megarq.data.code_shards import CodeShards
 from megarq.data.faults import Faults
 from megarq.data.files import expand_shards
 from megarq.data.manifest import CodeSettings, Manifest
-from megarq.errors import DataError
+from megarq.errors import CheckpointError, DataError
 from megarq.pretokenize.decoder import Decoder
 from megarq.rqvae.model import RQVAE
 
@@ -178,3 +178,43 @@ def test_bytes_and_faults_do_not_depend_on_worker_processes(run: Run, sources: l
     write_tar(Path(sources[0]), {"broken.jpg": b"no picture", "bare.png": picture(98)}, mode="a")
     assert run("0", max_bad_rate=0.1).faults == run("2", max_bad_rate=0.1, workers=2).faults
     assert contents(tmp_path / "0") == contents(tmp_path / "2")
+
+
+def test_pictures_without_the_caption_field_are_used_and_counted(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    there = {f"a{number}.{kind}": data for number in range(3) for kind, data in captioned(number).items()}
+    write_tar(tmp_path / "0.tar", there)
+    write_tar(tmp_path / "1.tar", {"b0.png": picture(7), "b1.png": picture(8)})
+    given = [str(tmp_path / "0.tar"), str(tmp_path / "1.tar")]
+    manifest = run(given=given, caption_field="description")
+    assert [shard.captioned for shard in manifest.shards] == [3, 0]
+    assert manifest.faults == {"no caption": 2}
+    assert f"{given[1]}: no picture has the caption field 'description'" in caplog.text and given[0] not in caplog.text
+
+
+def captioned(number: int) -> dict[str, bytes]:
+    return {"png": picture(number), "json": b'{"description": "a picture"}'}
+
+
+def test_a_caption_field_that_no_picture_has_is_one_error(run: Run, sources: list[str], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no picture has a caption in the field 'descriptoin' of its \.json"):
+        run(caption_field="descriptoin")
+    assert not (tmp_path / "codes" / "manifest.json").exists()
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_the_shards_to_a_rerun(
+    run: Run, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    run("whole")
+    codes = tmp_path / "codes"
+    request.addfinalizer(lambda: subprocess.run(["umount", str(codes)], capture_output=True))
+    shards = sum(path.stat().st_size for path in (tmp_path / "whole").glob("*.tar"))
+    with little_space(codes, size=shards + 200_000):
+        with pytest.raises(CheckpointError, match=r"rqvae.safetensors cannot be written \(.*\)\. Free space"):
+            run()
+        assert len(list(codes.glob("0*.tar"))) == 3 and not (codes / "manifest.json").exists()
+    made = {path.name: path.stat().st_mtime_ns for path in codes.glob("0*.tar")}
+    run()
+    assert contents(codes) == contents(tmp_path / "whole")
+    assert {path.name: path.stat().st_mtime_ns for path in codes.glob("0*.tar")} == made

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -288,3 +289,21 @@ def test_the_command_names_a_missing_shard(tool: ModuleType, sources: list[str],
     shutil.rmtree(Path(sources[0]).parent)
     with pytest.raises(DataError, match="missing shard"):
         tool.main(["--rqvae", str(tmp_path), "--data", sources[0], "--output", str(tmp_path / "codes")])
+
+
+def test_a_compiled_encoder_makes_the_same_codes(
+    run: Callable[..., Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, compile_ = [], torch.compile
+
+    def traced(network: Any, **options: Any) -> Any:
+        compiled.append(network)
+        return compile_(network, backend="eager", **options)  # graphs are captured, and run as they are
+
+    monkeypatch.setattr(torch, "compile", traced)
+    run("plain")
+    assert not compiled
+    run("compiled", compiled=True)
+    assert len(compiled) == 1
+    for name, data in contents(tmp_path / "plain").items():
+        assert name == "manifest.json" or contents(tmp_path / "compiled")[name] == data

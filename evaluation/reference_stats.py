@@ -1,0 +1,103 @@
+"""Make statistics of reference pictures (COCO, CC-3M, ImageNet, FFHQ, LSUN ..), once for many scores."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megarq import cli
+from megarq.data.pictures import open_pictures
+from megarq.data.transforms import TRANSFORMS
+from megarq.errors import ConfigError
+from megarq.inference.pretrained import find_device
+from megarq.scoring.evaluate import make_reference
+from megarq.scoring.networks import LAYERS, build_network
+from megarq.scoring.protocols import PROTOCOLS, find_protocol
+from megarq.scoring.result import DIGITS
+from megarq.scoring.statistics import write_statistics
+from megarq.scoring.weights import find_weights, parse_weights
+
+EXAMPLE = """examples:
+  python evaluation/reference_stats.py coco/val2014 --protocol rq-paper --transform center --resolution 256 \\
+      --output coco-val.npz
+  python evaluation/reference_stats.py 'imagenet/{0000..1280}.tar' --protocol rq-paper --transform center \\
+      --resolution 256 --output imagenet-train.npz
+
+The statistics belong to one protocol, one file of weights and one size, and score.py refuses them for another."""
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pictures", help="a folder of pictures, or tars: paths, globs, {0000..0099}")
+    parser.add_argument("--protocol", required=True, choices=list(PROTOCOLS), help="the one that scores will use")
+    parser.add_argument("--output", type=Path, required=True, help="file to write, .npz")
+    parser.add_argument(
+        "--transform",
+        default="center",
+        choices=["none", *(name for name in TRANSFORMS if name == "center")],
+        help="short side to --resolution, then the centre (default), or none: pictures of one size as they are",
+    )
+    parser.add_argument("--resolution", type=int, default=256, help="of the pictures that will be scored (default 256)")
+    parser.add_argument("--networks", default="inception", help=f"some of {','.join(LAYERS)} (default inception)")
+    parser.add_argument("--features", action="store_true", help="keep the features too, for KID, precision and recall")
+    parser.add_argument(
+        "--feature-weights",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="Inception's weights, or NETWORK=FILE; may be repeated",
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures in one pass (default 64)")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu ...; by default a GPU if there is one")
+    parser.add_argument(
+        "--workers", type=int, help="threads that decode pictures (default: one for each core, 16 at most)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    args = parse(argv)
+    logging.basicConfig(format="%(message)s")
+    if args.output.suffix != ".npz":
+        raise ConfigError(f"--output {args.output}: name a file that ends in .npz.")
+    for name, given in (("resolution", args.resolution), ("batch-size", args.batch_size)):
+        if given < 1:
+            raise ConfigError(f"--{name} {given}: use 1 or more.")
+    names = [name.strip() for name in args.networks.split(",") if name.strip()]
+    unknown = [name for name in names if name not in LAYERS]
+    if unknown or not names:
+        raise ConfigError(f"--networks {args.networks}: use some of {', '.join(LAYERS)}.")
+    protocol, device, given = (
+        find_protocol(args.protocol),
+        find_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        parse_weights(args.feature_weights),
+    )
+    pictures = open_pictures(args.pictures)
+    reference = make_reference(
+        pictures,
+        [build_network(name, protocol, [LAYERS[name]], find_weights(name, given), device) for name in names],
+        protocol,
+        device,
+        size=None if args.transform == "none" else (args.resolution, args.resolution),
+        transform=None if args.transform == "none" else args.transform,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        keep=args.features,
+    )
+    write_statistics(args.output, reference, args.features)
+    size = "x".join(map(str, reference.size or ()))
+    print(
+        f"{args.output}: {', '.join(names)} of {reference.count} pictures of {size} under {protocol.name}, "
+        f"pictures' sha256 {reference.sha256[:DIGITS]}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,93 @@
+"""Rankers for rejection sampling: which of several drawn pictures are kept.
+
+A ranker is called with pictures and what each was asked to show, and gives one score for each; higher is better.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from PIL import Image
+
+from megarq.errors import ConfigError
+from megarq.scoring.networks import Classifier, Clip
+from megarq.scoring.weights import find_weights
+
+BATCH = 64
+"""Pictures in one pass of a network."""
+
+T = TypeVar("T")
+
+
+class Asked(Protocol):
+    """What a picture was asked to show."""
+
+    @property
+    def prompt(self) -> str | None:
+        """A caption."""
+
+    @property
+    def label(self) -> int | None:
+        """A class."""
+
+
+class ClipRanker:
+    """Cosine of picture and caption under CLIP ViT-B/32."""
+
+    network = "clip"
+
+    def __init__(self, weights: Path | None, device: torch.device) -> None:
+        """weights: a file; by default one in a cache. Raises: CheckpointError for none, or one of something else."""
+        self._clip = Clip(find_weights("clip", weights), device)
+
+    @property
+    def sha256(self) -> str:
+        """Of the file of weights."""
+        return self._clip.weights.sha256
+
+    def __call__(self, pictures: Sequence[Image.Image], items: Sequence[Asked]) -> list[float]:
+        """Raises: ConfigError for an item without a caption."""
+        scores: list[float] = []
+        for first in range(0, len(pictures), BATCH):
+            part, asked = pictures[first : first + BATCH], items[first : first + BATCH]
+            prompts = [_given(item.prompt, "prompt") for item in asked]
+            views = torch.stack([self._clip.view(picture.convert("RGB")) for picture in part])
+            scores += self._clip.cosines(views, prompts).tolist()
+        return scores
+
+
+class ClassRanker:
+    """Probability of the class under ResNet-101."""
+
+    network = "resnet101"
+
+    def __init__(self, weights: Path | None, device: torch.device) -> None:
+        """weights: a file; by default one in a cache. Raises: CheckpointError for none, or one of something else."""
+        self._classifier = Classifier(find_weights("resnet101", weights), device)
+
+    @property
+    def sha256(self) -> str:
+        """Of the file of weights."""
+        return self._classifier.weights.sha256
+
+    def __call__(self, pictures: Sequence[Image.Image], items: Sequence[Asked]) -> list[float]:
+        """Raises: ConfigError for an item without a class, or of a class that the network does not know."""
+        scores: list[float] = []
+        for first in range(0, len(pictures), BATCH):
+            labels = [_given(item.label, "class") for item in items[first : first + BATCH]]
+            unknown = [label for label in labels if not 0 <= label < self._classifier.classes]
+            if unknown:
+                raise ConfigError(
+                    f"class={unknown[0]}: the ranker knows classes 0 to {self._classifier.classes - 1}. Use weights of "
+                    "a network with the model's classes, or leave --keep-fraction at 1."
+                )
+            probabilities = self._classifier.probabilities(pictures[first : first + BATCH])
+            scores += probabilities[range(len(labels)), labels].tolist()
+        return scores
+
+
+def _given(value: T | None, name: str) -> T:
+    if value is None:
+        raise ConfigError(f"a picture without a {name} cannot be ranked by it: leave --keep-fraction at 1.")
+    return value

@@ -1,0 +1,88 @@
+"""Picture sets drawn by the commands: on any number of ranks, killed and begun again, not a bit differs."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from captioned_tars import contents
+from tiny_models import build_models, export_models, write_tokenizer
+
+from megarq.data.picture_set import PictureSettings
+from tests.end_to_end.commands import ON_CPU, ROOT, call_ranks, start_ranks, succeed
+
+COUNT, TARS = 48, 12
+PROMPTS = ["a seven", "two", "a small red two", "blue seven"]
+SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    """A tiny model of captions and what to draw with it, but for --output."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model = export_models(build_models(), folder / "model", tokenizer_file=write_tokenizer(folder))
+    items = folder / "items.json"
+    items.write_text(json.dumps(PROMPTS * (COUNT // len(PROMPTS))))
+    size = ("--pictures-per-tar", COUNT // TARS, "--batch-size", 1, "--seed", 5)
+    return ("evaluation/coco.py", "--model", model, "--items", items, *size)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one rank draws, as the deepspeed launcher starts it."""
+    output = tmp_path_factory.mktemp("undisturbed") / "set"
+    said = succeed(*command, "--output", output, "--local_rank=0").printed
+    assert f"{output}: {COUNT} pictures in {TARS} tars, complete" in said
+    return contents(output)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_any_number_of_ranks_draws_the_same_bits(
+    command: tuple[object, ...], undisturbed: dict[str, bytes], tmp_path: Path, ranks: int
+) -> None:
+    outcomes = call_ranks(*command, "--output", tmp_path / "set", ranks=ranks)
+    assert [outcome.status for outcome in outcomes] == [0] * ranks, outcomes
+    assert "image" in outcomes[0].errors and not any(outcome.errors for outcome in outcomes[1:])
+    assert any("complete" in outcome.printed for outcome in outcomes)
+    assert contents(tmp_path / "set") == undisturbed
+
+
+def test_torchrun_draws_the_same_bits(
+    command: tuple[object, ...], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    launcher = Path(sys.executable).with_name("torchrun")
+    started = [launcher, "--standalone", "--nproc_per_node", 2, *command, "--output", tmp_path / "set"]
+    done = subprocess.run(
+        [*map(str, started)], cwd=ROOT, env={**os.environ, **ON_CPU}, text=True, capture_output=True, timeout=SECONDS
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert contents(tmp_path / "set") == undisturbed
+
+
+def killed(command: tuple[object, ...], output: Path, ranks: int, more: int) -> tuple[int, int]:
+    """Kill all ranks while they are at work with `more` tars done; (tars done, tars half made)."""
+    wanted = len(list(output.glob("*.tar"))) + more
+    forks = start_ranks(*command, "--output", output, ranks=ranks, log=output.with_suffix(".log"))
+    deadline = time.monotonic() + SECONDS
+    while len(list(output.glob("*.tar"))) < wanted or not list(output.glob(".*.tmp")):
+        assert time.monotonic() < deadline and any(fork.is_alive() for fork in forks), "no moment to kill at"
+        time.sleep(0.001)
+    for fork in forks:
+        fork.kill()
+    for fork in forks:
+        fork.join(SECONDS)
+    return len(list(output.glob("*.tar"))), len(list(output.glob(".*.tar.tmp")))
+
+
+def test_two_kills_leave_no_trace(command: tuple[object, ...], undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    output = tmp_path / "set"
+    kills = [killed(command, output, ranks, more=3) for ranks in (2, 1)]
+    assert all(0 < done < TARS for done, _ in kills) and any(torn for _, torn in kills), (
+        f"no kill in the middle: {kills}"
+    )
+    assert not PictureSettings.load(output)[1]
+    assert all(outcome.status == 0 for outcome in call_ranks(*command, "--output", output, ranks=2))
+    assert contents(output) == undisturbed
