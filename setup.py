@@ -33,7 +33,7 @@ setup(
     extras_require={
         "train": ["lpips"],
         "lsun": ["lmdb"],
-        "eval": ["lpips", "open_clip_torch>=3", "scipy", "timm>=1", "torch-fidelity>=0.4"],
+        "eval": ["lpips", "open_clip_torch>=3", "scipy", "threadpoolctl", "timm>=1", "torch-fidelity>=0.4"],
         "demo": ["scikit-learn", "matplotlib"],
         "dev": [
             "allpairspy",

@@ -49,6 +49,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/rqvae-gan"), help="folder for digits and runs")
     parser.add_argument("--seeds", type=int, default=5, help="trainings of each kind and length (default 5)")
+    parser.add_argument("--plain-seeds", type=int, help="those without a discriminator (default: as many)")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="default: both")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 3], help="multiples of the steps (default 1 3)")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once, one process each (default 1)")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/rqvae-gan.json", metavar="OUT")
@@ -87,6 +89,10 @@ class Study:
     def folder(self, kind: str, length: int, seed: int) -> Path:
         """Of one run."""
         return self.output / f"{kind.replace(' ', '-')}-x{length}-seed{seed}"
+
+    def name(self, kind: str, length: int) -> str:
+        """Of the runs of a kind and length, for people."""
+        return f"{kind}, {self.steps * length} steps"
 
     def held_out(self, count: int | None = None) -> Tensor:
         """Held-out digits [n, 3, 32, 32] in [-1, 1]."""
@@ -196,6 +202,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         name: [run[name] for run in runs] for name in ("reconstruction_accuracy", "mean_squared_error", "sharpness")
     }
     return {
+        "seeds": len(runs),
         "accuracy_lowest": min(columns["reconstruction_accuracy"]),
         "accuracy_mean": statistics.mean(columns["reconstruction_accuracy"]),
         "mean_squared_error": statistics.mean(columns["mean_squared_error"]),
@@ -208,15 +215,15 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def table(summaries: dict[str, Any], seeds: int) -> str:
+def table(summaries: dict[str, Any]) -> str:
     """The results in markdown."""
-    heads = ("training", f"accuracy, lowest of {seeds} (mean)", "MSE", "sharpness", "lowest perplexity / K", "diverged")
+    heads = ("training", "seeds", "accuracy, lowest (mean)", "MSE", "sharpness", "lowest perplexity / K", "diverged")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, found in summaries.items():
         shares = " ".join(f"{share:.2f}" for share in found["perplexity_over_k_lowest"])
         accuracy = f"{found['accuracy_lowest']:.3f} ({found['accuracy_mean']:.3f})"
         numbers = f"{found['mean_squared_error']:.4f} | {found['sharpness']:.2f}"
-        lines.append(f"| {name} | {accuracy} | {numbers} | {shares} | {found['diverged']} of {seeds} |")
+        lines.append(f"| {name} | {found['seeds']} | {accuracy} | {numbers} | {shares} | {found['diverged']} |")
     return "\n".join(lines)
 
 
@@ -224,14 +231,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the study."""
     args = parse(argv)
     study = Study(args.output, args.overrides)
-    wanted = [(kind, length, seed) for length in args.lengths for seed in range(args.seeds) for kind in KINDS]
+    plain = args.seeds if args.plain_seeds is None else args.plain_seeds
+    groups = [(kind, length) for kind in args.kinds for length in args.lengths]
+    seeds = {group: range(plain if KINDS[group[0]] else args.seeds) for group in groups}
+    wanted = [(*group, seed) for group in groups for seed in seeds[group]]
     with ThreadPoolExecutor(args.jobs) as pool:
         found = dict(zip(wanted, pool.map(lambda one: study.measured(*one), wanted), strict=True))
-    groups = [(kind, length) for length in args.lengths for kind in KINDS]
-    summaries = {
-        f"{kind}, {study.steps * length} steps": summary([found[kind, length, seed] for seed in range(args.seeds)])
-        for kind, length in groups
-    }
+    summaries = {study.name(*group): summary([found[(*group, seed)] for seed in seeds[group]]) for group in groups}
     adversarial = [found[one] for one in wanted if one[0] == "adversarial"]
     reached = {
         f"accuracy of {ACCURACY}": all(run["reconstruction_accuracy"] >= ACCURACY for run in adversarial),
@@ -240,24 +246,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if args.pictures:
         rows = {"originals": study.held_out(12)}
-        for kind, length in groups:
-            rows[f"{kind}, {study.steps * length} steps"] = reconstructed(
-                load_rqvae(study.folder(kind, length, 0)), study.held_out(12)
-            )
+        for group in groups:
+            rows[study.name(*group)] = reconstructed(load_rqvae(study.folder(*group, 0)), study.held_out(12))
         draw(args.pictures, rows)
     report = {
         "command": shlex.join(["python", "benchmarks/rqvae_gan.py", *(sys.argv[1:] if argv is None else argv)]),
-        "seeds": args.seeds,
         "reached": reached,
         "trainings": summaries,
-        "runs": {
-            f"{kind}, {study.steps * length} steps, seed {seed}": found[kind, length, seed]
-            for kind, length, seed in wanted
-        },
+        "runs": {f"{study.name(*one[:2])}, seed {one[2]}": found[one] for one in wanted},
         "machine": describe_machine(),
     }
     write_atomically(args.json, json.dumps(report, indent=2) + "\n")
-    print(f"\n{table(summaries, args.seeds)}\n\n{', '.join(f'{name}: {ok}' for name, ok in reached.items())}")
+    print(f"\n{table(summaries)}\n\n{', '.join(f'{name}: {ok}' for name, ok in reached.items())}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ and then, once the engine has stepped, the flat buffer is averaged over the rank
 Shapes: B batch, R resolution.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,7 +122,7 @@ class Adversary:
         self.discriminator.load_state_dict(weights)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold, keyed "<kind>/<name>"; views, the same on all ranks."""
+        """What a checkpoint must hold, keyed "<kind>/<name>"; the same on all ranks, and no copies."""
         tensors: dict[str, Tensor] = {}
         offset = 0
         for name, parameter in self.discriminator.named_parameters():
@@ -174,11 +174,12 @@ class Adversary:
 class AdversarialPasses(PlainPasses):
     """A DeepSpeedEngine around the generator, followed by a step of the discriminator."""
 
-    def __init__(self, engine: Any, terms: Any, adversary: Adversary) -> None:
+    def __init__(self, engine: Any, terms: Callable[[Any], Terms], adversary: Adversary) -> None:
+        """`terms` runs the engine, and the adversary, on a micro-batch."""
         super().__init__(engine, terms)
         self._adversary = adversary
 
-    def train(self, micro_batches: Any, seeds: Any) -> Terms:
+    def train(self, micro_batches: Sequence[Any], seeds: Sequence[int]) -> Terms:
         """One step of both optimisers."""
         terms = super().train(micro_batches, seeds)
         self._adversary.step(self._engine.optimizer.param_groups[0]["lr"])

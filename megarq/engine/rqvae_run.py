@@ -1,6 +1,6 @@
 """Stage 1: training the RQ-VAE on images, with reconstruction, commitment, perceptual and adversarial losses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -9,15 +9,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from megarq.config.deepspeed import zero_stage
 from megarq.config.run import RQVAERunConfig
 from megarq.data.image_sources import open_images
 from megarq.data.images import ImageBatch, ImageLoader
 from megarq.engine.adversary import AdversarialPasses, Adversary
+from megarq.engine.codebook_start import check_codebook_start, start_codebook
 from megarq.engine.finetuning import InitFrom, first_weights
+from megarq.engine.health import Health
+from megarq.engine.metrics import Findings, past_metrics
 from megarq.engine.passes import Passes, PlainPasses
+from megarq.engine.pictures import labelled_rows
 from megarq.engine.session import Session
 from megarq.errors import ConfigError
 from megarq.parallel.topology import ProcessGroups
@@ -46,6 +49,7 @@ def check_rqvae_run(
         )
     if config.train.compile:
         raise ConfigError("train.compile=true: it compiles transformer blocks, which an RQ-VAE has none of. Remove it.")
+    check_codebook_start(config)
     loss, resolution = config.loss, config.model.resolution
     if loss.adversarial_weight and resolution < (smallest := smallest_resolution(loss.discriminator_layers)):
         raise ConfigError(
@@ -99,6 +103,7 @@ def train_rqvae(
     first, notes = first_weights(session, init_from)
     if first is not None:
         module.load_state_dict(first.state)
+    notes += start_codebook(session, module, batches, new=first is None)
     adversary = Adversary(module, config, session.groups, session.device) if config.loss.adversarial_weight else None
     if first is not None and adversary is not None and first.discriminator:
         adversary.take_weights(first.discriminator)
@@ -110,6 +115,9 @@ def train_rqvae(
         device=session.device,
         perceptual=LPIPS(find_vgg(perceptual_weights)) if config.loss.perceptual_weight else None,
         adversary=adversary,
+        history=past_metrics(session.run, session.checkpoint.metadata["step"])
+        if session.checkpoint is not None and topology.rank == 0
+        else (),
     )
     session.train(
         module, decayed, task, batches, batches.samples_per_epoch, flops_per_image, notes=notes, beside=adversary
@@ -134,7 +142,9 @@ class RQVAETask:
         device: torch.device,
         perceptual: LPIPS | None = None,
         adversary: Adversary | None = None,
+        history: Iterable[Mapping[str, Any]] = (),
     ) -> None:
+        """`history` are the metrics of the steps before, where a run goes on; only rank 0's alarms are heard."""
         self._engine, self._config, self._validation = engine, config, validation
         self._groups, self._device = groups, device
         loss = config.loss
@@ -142,6 +152,8 @@ class RQVAETask:
             device
         )
         self._adversary = adversary
+        self._health = Health(config, device, groups.data, history)
+        self._shown: Tensor | None = None
         self.passes: Passes = PlainPasses(engine, self.losses)
         if adversary is not None:
             self.passes = AdversarialPasses(engine, self.losses, adversary)
@@ -161,7 +173,9 @@ class RQVAETask:
         """Scalars by name, "loss" among them; in training, with those of a discriminator that has joined in."""
         images = images.to(self._device)
         output = self._engine(images)
-        if self._adversary is not None and self._adversary.active and self._engine.training:
+        if self._engine.module.training:
+            self._health.add(output.codes)
+        if self._adversary is not None and self._adversary.active and self._engine.module.training:
             return self._adversary.losses(images, output, self._loss)
         losses: dict[str, Tensor] = self._loss(images, output)
         return losses
@@ -180,10 +194,31 @@ class RQVAETask:
             for name, value in zip(names, means.tolist(), strict=True)
         }
 
+    def observe(self, step: int, values: Mapping[str, Any]) -> Findings:
+        """How the codes were used, and warnings."""
+        return self._health.observe(step, values)
+
     def pictures(self) -> tuple[Tensor, str] | None:
-        """Held-out pictures above their reconstructions."""
+        """Held-out pictures, their reconstructions, and those from the codes of the first depth, the first two, ..."""
         if self._validation is None:
             return None
-        images = next(iter(self._validation)).images[: self._config.log.sample_count].to(self._device)
-        shown = torch.cat([images, self._engine(images).reconstruction.float()]).clamp(-1, 1).add(1).div(2)
-        return make_grid(shown.cpu(), nrow=len(images)), "originals above, reconstructions below"
+        if self._shown is None:
+            self._shown = self._first_pictures(self._validation)
+        model = self._engine.module
+        codes = model.quantize(model.encode(self._shown))
+        rows = [("original", self._shown), ("reconstruction", model.decode(codes))]
+        rows += [
+            (f"depths 1-{depth}" if depth > 1 else "depth 1", model.decode(codes, depth))
+            for depth in range(1, self._config.model.depth)
+        ]
+        return labelled_rows(rows), "originals, reconstructions, and reconstructions from the first depths alone"
+
+    def _first_pictures(self, validation: ImageLoader) -> Tensor:
+        """The first held-out pictures [n, 3, R, R]; rank 0, which shows them, has the same for any number of ranks."""
+        count = self._config.log.sample_count
+        images = next(iter(validation)).images.to(self._device)
+        if len(images) < count:
+            parts = [torch.empty_like(images) for _ in range(self._groups.topology.dp)]
+            dist.all_gather(parts, images, group=self._groups.data)
+            images = torch.cat(parts)
+        return images[:count]

@@ -18,21 +18,24 @@ from megarq.errors import ConfigError
 
 VGG_FILE = "vgg16-397923af.pth"
 _PUBLISHED = f"download.pytorch.org/models/{VGG_FILE}"
-_WITHOUT = "train without it by loss.perceptual_weight=0"
+WITHOUT = "train without it by loss.perceptual_weight=0"
 SMALLEST_RESOLUTION = 16
 """VGG16 halves the resolution four times."""
 
 
-def find_vgg(given: str | Path | None = None) -> Path:
-    """The file with VGG16's weights: `given`, or the one in torch's cache. Raises ConfigError where it is missing."""
+def find_vgg(given: str | Path | None = None, without: str = WITHOUT) -> Path:
+    """The file with VGG16's weights: `given`, or the one in torch's cache.
+
+    Raises ConfigError where it is missing, saying how to do `without`.
+    """
     if find_spec("lpips") is None:
-        raise ConfigError(f"LPIPS needs the lpips package, which is missing. Run pip install lpips, or {_WITHOUT}.")
+        raise ConfigError(f"LPIPS needs the lpips package, which is missing. Run pip install lpips, or {without}.")
     path = Path(given) if given is not None else Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
     if not path.is_file():
         where = "--perceptual-weights" if given is not None else "torch's cache"
         raise ConfigError(
             f"LPIPS needs VGG16's weights, {VGG_FILE}, but {path} ({where}) does not exist. Copy the file there from "
-            f"{_PUBLISHED}, give it as --perceptual-weights FILE, or {_WITHOUT}."
+            f"{_PUBLISHED}, give it as --perceptual-weights FILE, or {without}."
         )
     return path
 
@@ -52,8 +55,12 @@ class LPIPS(nn.Module):
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
         """Two batches [B, 3, R, R] in [-1, 1] to an fp32 scalar."""
+        return self.distances(reconstruction, images).mean()
+
+    def distances(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        """Two batches [B, 3, R, R] in [-1, 1] to the distance of each pair, fp32 [B]."""
         distances: Tensor = self._network(reconstruction, images)
-        return distances.float().mean()
+        return distances.float().flatten()
 
 
 def _read_vgg(path: Path) -> dict[str, Tensor]:

@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-import torchvision
+from random_vgg import write_vgg
 
 from megarq.checkpoint.run_folder import checkpoint_at
 from megarq.inference.pretrained import load_rqvae
-from tests.end_to_end.commands import ROOT, succeed
+from tests.end_to_end.commands import succeed
 
 LOSSES = (
     *("reconstruction_loss", "perceptual_loss", "commitment_loss"),
@@ -23,17 +22,9 @@ def lines_of(run: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """VGG16's convolutions with random weights, under the names that torchvision gives them."""
-    path = tmp_path_factory.mktemp("vgg") / "vgg16-397923af.pth"
-    features = torchvision.models.vgg16(weights=None).features.state_dict()
-    torch.save({f"features.{name}": tensor for name, tensor in features.items()}, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def run(walk, vgg, tmp_path_factory):
+def run(walk, tmp_path_factory):
     """A run with every loss."""
+    vgg = write_vgg(tmp_path_factory.mktemp("vgg"))
     folder = tmp_path_factory.mktemp("every") / "run"
     data = ("--data", walk.shards, "--validation-data", walk / "shards" / "00002.tar", "--output", folder)
     losses = ("loss.perceptual_weight=1", "loss.adversarial_weight=0.75", f"loss.discriminator_start={STARTED_AT}")
@@ -77,17 +68,17 @@ def test_the_discriminator_is_in_the_checkpoint_and_not_in_the_model(run):
 
 def test_a_short_seed_of_the_digits_is_stable(tmp_path):
     short = (
-        "train.steps=48",
-        "train.global_batch_size=16",
-        "loss.discriminator_start=24",
+        "train.steps=40",
+        "train.global_batch_size=8",
+        "loss.discriminator_start=16",
         "loss.discriminator_warmup=8",
     )
-    few = ("--seeds", 1, "--lengths", 1, "--output", tmp_path / "runs", "--json", tmp_path / "out.json")
-    succeed("benchmarks/rqvae_gan.py", *few, "--pictures", tmp_path / "pictures.png", *short)
+    few = ("--seeds", 1, "--lengths", 1, "--kinds", "adversarial", "--output", tmp_path / "runs")
+    out = ("--json", tmp_path / "out.json", "--pictures", tmp_path / "pictures.png")
+    succeed("benchmarks/rqvae_gan.py", *few, *out, *short)
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["reached"]["no divergence"] is True
-    adversarial = found["runs"]["adversarial, 48 steps, seed 0"]
-    assert adversarial["mean_squared_error"] < 0.2 and min(adversarial["perplexity_over_k"]) > 0.2
-    assert adversarial["discriminator_loss"] < 1.2
-    assert "discriminator_loss" not in found["runs"]["reconstruction alone, 48 steps, seed 0"]
-    assert (tmp_path / "pictures.png").exists() and not (ROOT / "runs" / "shards").exists()
+    adversarial = found["runs"]["adversarial, 40 steps, seed 0"]
+    assert adversarial["mean_squared_error"] < 0.3 and min(adversarial["perplexity_over_k"]) > 0.2
+    assert adversarial["discriminator_loss"] < 1.5
+    assert (tmp_path / "pictures.png").exists() and len(found["trainings"]) == 1

@@ -114,6 +114,13 @@ def test_the_rqvae_command_refuses_stage_3():
         train_rqvae.main(options)
 
 
+def test_more_codes_than_latents_are_refused_for_kmeans():
+    options = ["--ds_config", "zero1.json", "--model", "rqvae-demo", "--data", "x.tar", "--output", "run"]
+    changes = ["codebook.init=kmeans", "codebook.init_batches=1", "codebook.init_latents=200"]
+    with pytest.raises(ConfigError, match=r"codebook.init_latents=200 allows, 200 latents for 256 codes. Give more"):
+        train_rqvae.main([*options, *changes])
+
+
 @pytest.mark.parametrize("command", [train, train_rqvae])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:

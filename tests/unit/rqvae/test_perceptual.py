@@ -3,7 +3,7 @@ from pathlib import Path
 import lpips
 import pytest
 import torch
-import torchvision
+from random_vgg import random_features, write_vgg
 
 from megarq.errors import ConfigError
 from megarq.rqvae import perceptual
@@ -12,21 +12,12 @@ from megarq.rqvae.perceptual import LPIPS, SMALLEST_RESOLUTION, VGG_FILE, find_v
 
 @pytest.fixture(scope="module")
 def features() -> dict[str, torch.Tensor]:
-    """Random convolutions under torchvision's names; without the classifier, which is most of VGG16."""
-    with torch.device("meta"):
-        names = torchvision.models.vgg16(weights=None).features.state_dict()
-    generator = torch.Generator().manual_seed(0)
-    return {
-        f"features.{name}": torch.randn(tensor.shape, generator=generator) * (2 / tensor[:1].numel()) ** 0.5
-        for name, tensor in names.items()
-    }
+    return random_features()
 
 
 @pytest.fixture(scope="module")
-def vgg(features: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("vgg") / VGG_FILE
-    torch.save(features, path)
-    return path
+def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_vgg(tmp_path_factory.mktemp("vgg"))
 
 
 def pictures(seed: int, side: int = 32) -> torch.Tensor:
