@@ -132,7 +132,7 @@ class _Piece(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A fragment as a file's header tells of it. A checkpoint of many ranks has a million: they are opened when read."""
+    """A fragment as a file's header tells of it. Of many ranks' there are a million: they are opened when read."""
 
     path: Path
     place: tuple[Any, ...]

@@ -2,10 +2,10 @@
 
     batch -> Picks [n] (lane, window, place ..) -> codes [n, H, W, D] uint16 and text [n]
 
-A window is one or a few runs of rows, and a run is one read of each member that is needed; latents, 64 times as large as
-codes, are not held but read sample by sample as they are served. A sample of a lane that is
+A window is one or a few runs of rows, and a run is one read of each member that is needed. A sample of a lane that is
 served elsewhere (the surplus that `rank_share` hands over) is read by itself. A lane keeps one window: 128 KiB of 8x8x4
-codes, so 128 MiB where one process serves all 1,024 lanes and as much less as processes share them.
+codes, so 128 MiB where one process serves all 1,024 lanes and as much less as processes share them. Latents, 64 times
+as large as codes, are not held: they are read sample by sample as they are served.
 """
 
 from collections.abc import Callable

@@ -88,8 +88,8 @@ class Work:
                 )
             if self.settings.caption_field and not any(record.captioned for record in manifest.shards):
                 raise DataError(
-                    f"no picture has a caption in the field {self.settings.caption_field!r} of its .json. Give the name "
-                    "of the field to --caption-field, and another --output."
+                    f"no picture has a caption in the field {self.settings.caption_field!r} of its .json. Give the "
+                    "name of the field to --caption-field, and another --output."
                 )
             save_rqvae(rqvae, self.folder)
             manifest.save(self.folder)

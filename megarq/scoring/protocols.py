@@ -121,7 +121,7 @@ def _read_protocol(path: Path) -> Protocol:
         raise ConfigError(f"--protocol {path}: no such file. Use one of {', '.join(PROTOCOLS)}, or another path.")
     found = runpy.run_path(str(path)).get("PROTOCOL")
     if not isinstance(found, Protocol):
-        raise ConfigError(f"--protocol {path} defines no PROTOCOL. See tools/demo/digit_protocol.py for one that does.")
+        raise ConfigError(f"--protocol {path} defines no PROTOCOL. Write one, as tools/demo/digit_protocol.py has.")
     return found
 
 

@@ -73,7 +73,8 @@ def evaluation(output: Path) -> dict[str, list[str]]:
     pictures, network, scores = (str(output / name) for name in ("pictures", "digits.safetensors", "scores.json"))
     config = load_config("demo", [], "rq-transformer")
     assert isinstance(config, RQTransformerRunConfig)
-    sampling = ["--top-k", str(config.sampling.top_k), "--top-p", str(config.sampling.top_p), "--seed", str(SEED)]
+    top_k = config.sampling.top_k or max(config.model.sizes)
+    sampling = ["--top-k", str(top_k), "--top-p", str(config.sampling.top_p), "--seed", str(SEED)]
     real = shard_patterns(output)[1]
     python = [sys.executable]
     return {
