@@ -31,11 +31,14 @@ setup(
         "webdataset",
     ],
     extras_require={
-        "eval": ["open_clip_torch>=3", "scipy", "timm>=1", "torch-fidelity>=0.4"],
+        "train": ["lpips"],
+        "lsun": ["lmdb"],
+        "eval": ["lpips", "open_clip_torch>=3", "scipy", "threadpoolctl", "timm>=1", "torch-fidelity>=0.4"],
         "demo": ["scikit-learn", "matplotlib"],
         "dev": [
             "allpairspy",
             "import-linter",
+            "lmdb",
             "mypy",
             "pytest",
             "pytest-timeout",

@@ -73,13 +73,14 @@ def require(args: argparse.Namespace, **examples: str) -> None:
     """Raise ConfigError with the complete command to type where one of these options is missing."""
     missing = [f"--{name}" for name in examples if not getattr(args, name)]
     if missing:
-        script = "train_rqvae.py" if "rqvae" in examples["model"] else "train.py"
+        script = "train_rqvae.py" if hasattr(args, "init_from") else "train.py"
         if script == "train.py":
             examples["tokenizer"] = "tokenizer.json"
         if args.validation_data:
             examples["validation-data"] = _as_typed(args.validation_data)
-        if getattr(args, "exclude_keys", None):
-            examples["exclude-keys"] = _as_typed(args.exclude_keys)
+        for name in ("exclude-keys", "init-from", "init-weights"):
+            if getattr(args, name.replace("-", "_"), None):
+                examples[name] = _given(args, name)
         options = [f"--{name} {_given(args, name) or example}" for name, example in examples.items()]
         overrides = _as_typed(args.overrides) or "[key=value ...]"
         command = " ".join([f"deepspeed megarq/{script} --ds_config {args.ds_config}", *options, overrides])

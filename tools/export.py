@@ -5,16 +5,25 @@ import sys
 from collections.abc import Sequence
 
 from megarq import cli
+from megarq.inference.authors_export import export_authors
 from megarq.inference.export import DTYPES, export_run
 from megarq.inference.tensor_files import PART_BYTES
 
-EXAMPLE = "example: python tools/export.py runs/cc3m --output models/cc3m --dtype bf16"
+EXAMPLE = """examples:
+  python tools/export.py runs/cc3m --output models/cc3m --dtype bf16
+  python tools/export.py runs/rqvae --output models/rqvae-theirs --layout authors   (config.yaml beside model.pt)"""
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    arguments = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE)
-    arguments.add_argument("run", metavar="RUN", help="the --output of megarq/train.py or megarq/train_rqvae.py")
+    arguments = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument(
+        "run",
+        metavar="RUN",
+        help="the --output of megarq/train.py or megarq/train_rqvae.py; for --layout authors also an exported model",
+    )
     arguments.add_argument("--output", required=True, metavar="FOLDER", help="the folder to write")
     arguments.add_argument("--step", type=int, help="step of the checkpoint (default: the newest whole one)")
     arguments.add_argument(
@@ -22,6 +31,12 @@ def parser() -> argparse.ArgumentParser:
     )
     arguments.add_argument(
         "--dtype", choices=DTYPES, default="fp32", help="of the RQ-Transformer's weights (default: fp32)"
+    )
+    arguments.add_argument(
+        "--layout",
+        choices=["megarq", "authors"],
+        default="megarq",
+        help="of the folder: ours, or that of the authors' released checkpoints (default: %(default)s)",
     )
     arguments.add_argument(
         "--part-gb", type=float, default=PART_BYTES / 1e9, help="largest file of weights in GB (default: %(default)g)"
@@ -32,9 +47,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parser().parse_args(argv)
-    info = export_run(
-        options.run, options.output, options.step, options.weights, DTYPES[options.dtype], int(options.part_gb * 1e9)
-    )
+    given = (options.run, options.output, options.step, options.weights, DTYPES[options.dtype])
+    info = export_authors(*given) if options.layout == "authors" else export_run(*given, int(options.part_gb * 1e9))
     if info.transformer is None:
         print(f"{options.output}: RQ-VAE {info.rqvae_fingerprint[:12]}")
     else:

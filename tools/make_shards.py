@@ -24,11 +24,12 @@ EXAMPLE = """examples:
   python tools/make_shards.py --images imagenet/train --class-folders --output shards    (one folder for each class)
   python tools/make_shards.py --shards 'old/{00000..00331}.tar' --output shards --samples-per-shard 10000
 
---images is a folder or a zip, which is not unpacked. The kind of --captions is seen from its content: a table (several
-rows of one image are its captions), MS-COCO's JSON, or a .tsv of caption and url as CC-3M and CC-12M publish it, where
-row n, counted from --first-number, is the image whose file name is the number n (7.jpg, 00000/000000007.png). Images
-are shuffled, so that each shard is a fair sample of them (one may be held out for validation); --no-shuffle keeps the
-order. Run the same command again after an interruption: finished shards are kept."""
+--images is a folder, a zip, which is not unpacked, or a folder with a data.mdb, as LSUN's. The kind of --captions is
+seen from its content: a table (several rows of one image are its captions), MS-COCO's JSON, or a .tsv of caption and
+url as CC-3M and CC-12M publish it, where row n, counted from --first-number, is the image whose file name is the number
+n (7.jpg, 00000/000000007.png). Images are shuffled, so that each shard is a fair sample of them (one may be held out
+for validation); --no-shuffle keeps the order. Run the same command again after an interruption: finished shards are
+kept."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -37,7 +38,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images", type=Path, help="folder or zip of .jpg, .jpeg, .png and .webp files")
+    source.add_argument("--images", type=Path, help="folder or zip of .jpg, .jpeg, .png and .webp files, or LMDB")
     source.add_argument("--shards", nargs="+", help="webdataset tars to pack anew: paths, globs, {0000..0099}, folders")
     said = parser.add_mutually_exclusive_group()
     said.add_argument("--captions", type=Path, help="table, MS-COCO .json or .tsv of urls; by default .txt files")

@@ -18,6 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megarq.config.models import RQVAEConfig
 from megarq.config.names import CONFIGS, key_suggestion, resolve_name
 from megarq.config.run import RQTransformerRunConfig, RQVAERunConfig
 from megarq.config.schema import expected, known_keys, leaves
@@ -73,6 +74,20 @@ def load_config(name_or_path: str, overrides: Sequence[str] = (), architecture: 
             f"architecture={config.architecture} on the {COMMAND_LINE}: {path} describes an {described}. "
             "Leave the key out."
         )
+    config.validate()
+    return config
+
+
+def config_around(model: RQVAEConfig, source: str, overrides: Sequence[str] = ()) -> RQVAERunConfig:
+    """A checked run configuration of stage 1 for a model that is given: defaults, then `overrides`.
+
+    Raises ConfigError as `load_config` does, naming `source` for the model's own fields.
+    """
+    layers = [
+        (source, {"model": dataclasses.asdict(model)}),
+        (COMMAND_LINE, _parse_overrides(overrides, RQVAERunConfig)),
+    ]
+    config = build(RQVAERunConfig, layers)
     config.validate()
     return config
 

@@ -164,7 +164,7 @@ class LogConfig:
     validate_every: int = 1000
     """Steps between validations, where validation data are given; 0 turns them off."""
     sample_every: int = 0
-    """Steps between sample grids in TensorBoard; 0 turns them off."""
+    """Steps between grids of pictures, in TensorBoard and as PNG in the run's folder; 0 turns them off."""
     sample_count: int = 16
     """Pictures in a grid."""
     sample_prompts: list[str] = field(default_factory=list)
@@ -232,16 +232,80 @@ class RQVAELossConfig:
     commitment_weight: float = 0.25
     """Weight of the commitment loss."""
     perceptual_weight: float = 1.0
-    """Weight of LPIPS."""
+    """Weight of LPIPS; 0 trains without it, and without VGG16's weights."""
     adversarial_weight: float = 0.75
-    """Weight of the generator's loss, times the adaptive lambda."""
+    """Weight of the generator's loss, times the adaptive lambda; 0 trains without a discriminator."""
+    adversarial: str = "hinge"
+    """Loss of the discriminator: "hinge" or "vanilla" (cross-entropy)."""
+    discriminator_weight: float = 0.75
+    """Weight of the discriminator's own loss."""
+    discriminator_lr: float | None = None
+    """Peak learning rate of the discriminator, in the run's schedule; by default `train.lr`."""
+    discriminator_start: int = 0
+    """Optimiser steps before the discriminator joins in."""
+    discriminator_warmup: int = 0
+    """Steps after that in which the generator's loss rises linearly to its weight."""
+    discriminator_layers: int = 2
+    """Convolutions of the discriminator that halve the resolution."""
+    discriminator_channels: int = 64
+    """Filters of its first convolution."""
 
     def validate(self) -> None:
         """Raise ConfigError where a value cannot be run."""
         if self.reconstruction not in ("mse", "l1"):
             raise ConfigError(f"loss.reconstruction={self.reconstruction!r}: use mse or l1.")
-        weights = ("commitment_weight", "perceptual_weight", "adversarial_weight")
-        check_ranges("loss", self, **dict.fromkeys(weights, AMOUNT))
+        if self.adversarial not in ("hinge", "vanilla"):
+            raise ConfigError(f"loss.adversarial={self.adversarial!r}: use hinge or vanilla.")
+        weights = ("commitment_weight", "perceptual_weight", "adversarial_weight", "discriminator_weight")
+        check_ranges(
+            "loss",
+            self,
+            **dict.fromkeys((*weights, "discriminator_start", "discriminator_warmup"), AMOUNT),
+            **dict.fromkeys(("discriminator_layers", "discriminator_channels"), COUNT),
+            discriminator_lr=POSITIVE,
+        )
+
+
+@dataclass
+class CodebookConfig:
+    """How the codebook of a new run starts."""
+
+    init: str = "random"
+    """"random" (small vectors, most of which the first step replaces by latents) or "kmeans" of the first batches."""
+    init_batches: int = 8
+    """Batches that k-means sees; training then starts with the first of them as always."""
+    init_latents: int = 131072
+    """Most latents of them that are looked at: all ranks hold them in fp32, 128 MiB for 131,072 of 256 numbers."""
+    init_iterations: int = 20
+    """Iterations of k-means."""
+
+    def validate(self) -> None:
+        """Raise ConfigError where a value cannot be run."""
+        if self.init not in ("random", "kmeans"):
+            raise ConfigError(f"codebook.init={self.init!r}: use random or kmeans.")
+        check_ranges("codebook", self, **dict.fromkeys(("init_batches", "init_latents"), COUNT), init_iterations=AMOUNT)
+
+
+@dataclass
+class HealthConfig:
+    """What is watched while an RQ-VAE trains, and when to warn."""
+
+    every: int = 100
+    """Steps over which codes are counted before usage, perplexity and dead codes are told."""
+    usage_floor: float = 0.5
+    """Warn where a depth uses fewer codes than this share of the most that it has used; 0 turns it off."""
+    smoothing: int = 100
+    """Steps over which the losses and logits below are averaged; nothing is judged before there are so many."""
+    reconstruction_rise: float | None = 2.0
+    """Warn where the averaged reconstruction loss is above so many times its best; null turns it off."""
+    logits: float | None = None
+    """Warn where the averaged logits of real and reconstructed pictures are both beyond this, on their own sides of 0;
+    by default 1 with the hinge loss, which ends there, and 4 with the vanilla one."""
+
+    def validate(self) -> None:
+        """Raise ConfigError where a value cannot be run."""
+        counts = dict.fromkeys(("every", "smoothing"), COUNT)
+        check_ranges("health", self, **counts, usage_floor=SHARE, reconstruction_rise=Range(1), logits=POSITIVE)
 
 
 @dataclass
@@ -274,14 +338,16 @@ class RQVAERunConfig:
         )
     )
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     data: RQVAEDataConfig = field(default_factory=RQVAEDataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    log: LogConfig = field(default_factory=lambda: LogConfig(sample_every=1000, sample_count=8))
 
     def validate(self) -> None:
         """Raise ConfigError where anything in the run cannot be run."""
         for section in (
             *(self.model, self.loss, self.train, self.parallel),
-            *(self.data, self.checkpoint, self.log),
+            *(self.codebook, self.health, self.data, self.checkpoint, self.log),
         ):
             section.validate()

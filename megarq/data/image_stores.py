@@ -1,4 +1,4 @@
-"""Where the files of a picture collection lie: in a folder, or in a zip that is read in place and never unpacked.
+"""Where the files of a picture collection lie: in a folder, a zip that is read in place and never unpacked, or an LMDB.
 
 Names are paths below the root, with "/". A name is looked up in the listing alone, so that none from a table, a JSON
 or an archive leads out of the collection.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megarq.data.image_shards import IMAGE_EXTENSIONS
+from megarq.data.lmdb_images import DATABASE, ImageLmdb
 from megarq.errors import DataError
 
 
@@ -20,7 +21,7 @@ class ImageStore(Protocol):
     """The files of a collection."""
 
     path: Path
-    """The folder or the zip."""
+    """The folder, zip or database."""
     files: list[str]
     """Names of all files, sorted; hidden ones are left out."""
     folders: list[str]
@@ -32,12 +33,16 @@ class ImageStore(Protocol):
 
 
 def open_store(path: Path) -> ImageStore:
-    """The collection at a path. Raises: DataError where it is neither a folder nor a zip."""
+    """The collection at a path. Raises: DataError where it is neither a folder nor a zip nor an LMDB."""
+    if path.suffix == ".mdb" or (path / DATABASE).exists():
+        return ImageLmdb(path)
     if path.is_dir():
         return ImageFolder(path)
     if path.is_file() and zipfile.is_zipfile(path):
         return ImageZip(path)
-    raise DataError(f"--images {path} is no folder and no zip file. Give the folder or the zip of the pictures.")
+    raise DataError(
+        f"--images {path} is no folder and no zip file. Give the folder, the zip or the LMDB of the pictures."
+    )
 
 
 def is_image(name: str) -> bool:
@@ -51,7 +56,7 @@ class ImageFolder:
     def __init__(self, path: Path) -> None:
         """List the folder. Raises: OSError where a part of it cannot be listed."""
         self.path = path
-        self.files = sorted(_files_below(str(path)))
+        self.files = sorted(files_below(str(path)))
         self.folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not _hidden(entry.name))
 
     def read(self, name: str) -> bytes:
@@ -63,7 +68,9 @@ def _hidden(name: str) -> bool:
     return name.startswith((".", "__MACOSX"))
 
 
-def _files_below(root: str) -> Iterator[str]:
+def files_below(root: str) -> Iterator[str]:
+    """Names of all files below a folder, in no order; hidden ones are left out, links to folders followed."""
+
     def refuse(error: OSError) -> None:
         raise error
 

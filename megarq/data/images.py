@@ -1,10 +1,10 @@
 """Batches of pictures for training an RQ-VAE: endless, the same for any number of ranks, resumable at any sample.
 
-shards/*.tar --scan of headers--> ImageIndex [N] --permutation of (seed, epoch)--> global batches of B samples
+tars, folders or an LMDB --open_images--> ImageSource [N] --permutation of (seed, epoch)--> global batches of B samples
 rank r takes places r*B/ranks .. (r+1)*B/ranks - 1 of each: images [B/ranks, 3, R, R] float in [-1, 1]
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megarq.data.batches import batches_in_order, check_share
 from megarq.data.faults import Fault, Faults
-from megarq.data.image_shards import ImageIndex
+from megarq.data.image_sources import ImageSource
 from megarq.data.order import IntArray, LoaderState, permutation
 from megarq.data.transforms import TRANSFORMS, find_transform, transform_image
 from megarq.errors import DataError
@@ -36,7 +36,7 @@ class ImageLoader:
 
     def __init__(
         self,
-        shards: Sequence[str],
+        source: ImageSource,
         transform: str,
         resolution: int,
         global_batch_size: int,
@@ -48,25 +48,23 @@ class ImageLoader:
         start: LoaderState | None = None,
         max_bad_rate: float = 0.01,
     ) -> None:
-        """shards: tars, as `expand_shards` lists them; transform: a name in TRANSFORMS.
+        """source: of pictures, as `open_images` finds them; transform: a name in TRANSFORMS.
 
-        Raises: DataError for an unknown transform, missing shards, too many faults, or a batch that ranks cannot share.
+        Raises: DataError for an unknown transform, a batch that ranks cannot share or, while loading, too many faults.
         """
         find_transform(transform)
         self._share = check_share(global_batch_size, world_size)
-        faults = Faults(max_bad_rate)
-        self._index = ImageIndex(shards, faults)
-        faults.finish()
+        self._source = source
         self._transform, self._resolution = transform, resolution
         self._batch, self._rank, self._seed, self._workers = global_batch_size, rank, seed, workers
-        self._start = (start or LoaderState()).position(len(self._index))
+        self._start = (start or LoaderState()).position(len(self._source))
         self._faults = Faults(max_bad_rate)
         self._order: tuple[int, IntArray] | None = None
 
     @property
     def samples_per_epoch(self) -> int:
-        """Pictures in the shards."""
-        return len(self._index)
+        """Pictures in the source."""
+        return len(self._source)
 
     def __iter__(self) -> Iterator[ImageBatch]:
         return batches_in_order(self._load, self._workers)
@@ -76,19 +74,29 @@ class ImageLoader:
         first = self._start + number * self._batch
         mine = range(first + self._rank * self._share, first + (self._rank + 1) * self._share)
         images = torch.stack([self._load_image(position) for position in mine])
-        return ImageBatch(images, LoaderState.at(first + self._batch, len(self._index)))
+        return ImageBatch(images, LoaderState.at(first + self._batch, len(self._source)))
 
     def _load_image(self, position: int) -> Tensor:
-        """The picture at a place of the endless stream; an unreadable one is replaced by the next in its shard."""
-        epoch, place = divmod(position, len(self._index))
+        """The picture at a place of the endless stream; an unreadable one is replaced by the next in its source."""
+        epoch, place = divmod(position, len(self._source))
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, permutation(len(self._index), self._seed, epoch))
+            self._order = (epoch, permutation(len(self._source), self._seed, epoch))
         index = int(self._order[1][place])
         while True:
             self._faults.count_seen()
-            data = self._index.read(index)
-            try:
-                return transform_image(data, self._transform, self._resolution, derived_seed(self._seed, epoch, index))
-            except DataError as error:
-                self._faults.skip(*self._index.name(index), Fault.UNREADABLE_IMAGE, str(error))
-                index = (index + 1) % len(self._index)
+            found = self._image_or_fault(index, derived_seed(self._seed, epoch, index))
+            if isinstance(found, Tensor):
+                return found
+            self._faults.skip(*self._source.name(index), Fault.UNREADABLE_IMAGE, found)
+            index = (index + 1) % len(self._source)
+
+    def _image_or_fault(self, index: int, seed: int) -> Tensor | str:
+        """A picture [3, R, R], or what is wrong with it."""
+        try:
+            data = self._source.read(index)
+        except OSError as error:
+            return str(error)
+        try:
+            return transform_image(data, self._transform, self._resolution, seed)
+        except DataError as error:
+            return str(error)

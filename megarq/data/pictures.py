@@ -247,7 +247,8 @@ class PixelStream:
     ) -> None:
         """transform: a name in TRANSFORMS, to resolution x resolution; without one, pictures stay as they are.
 
-        view: something else to make of each picture. Raises: DataError for an unknown transform.
+        view: something else to make of each picture; progress: the name of the bar, "" for none.
+        Raises: DataError for an unknown transform.
         """
         self._pictures, self._batch_size, self._view, self._progress = pictures, batch_size, view, progress
         self._transform = find_transform(transform) if transform else None
@@ -266,7 +267,8 @@ class PixelStream:
         """Raises: DataError for an unreadable picture, and where two have different sizes."""
         parts: list[tuple[Picture, Tensor, Tensor | None]] = []
         first = ""
-        with tqdm(total=len(self._pictures), desc=self._progress, unit=" pictures", disable=None) as bar:
+        quiet = None if self._progress else True  # None: where nobody watches
+        with tqdm(total=len(self._pictures), desc=self._progress, unit=" pictures", disable=quiet) as bar:
             for picture, pixels, view in self._decoded():
                 size = (pixels.shape[2], pixels.shape[1])
                 if self.size is None:

@@ -1,5 +1,7 @@
 """From encoded bytes to a square RGB tensor in [-1, 1]: decoding, and the published crops by name.
 
+Those of ImageNet, FFHQ, LSUN and CC-3M (`t2i`) are the ones of the authors' repository (kakaobrain/rq-vae-transformer,
+`create_transforms` of img_datasets and txtimg_datasets), where CC-3M's is called dalle-vqvae.
 R is the resolution asked for. Every transform takes an RGB picture, R and a random source, and gives an R x R picture;
 all decisions come from the source, so one seed gives one result.
 """
@@ -18,15 +20,20 @@ from megarq.errors import DataError
 Transform = Callable[[Image.Image, int, random.Random], Image.Image]
 
 _RESIZE = Image.Resampling.BILINEAR
+MOST_PIXELS = 10**8
+"""A picture of more is taken for a decompression bomb: 0.3 GB as RGB, up to four times as much on the way there."""
 
 
 def decode_rgb(data: bytes) -> Image.Image:
     """Decode a picture to 8-bit RGB, turned upright; transparency is laid on white, 16-bit grey scaled to 8.
 
-    Raises: DataError where the bytes are no whole picture.
+    Of an animation it is the first frame. Raises: DataError where the bytes are no whole picture, or one of more than
+    MOST_PIXELS, which is not decoded.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels, more than {MOST_PIXELS:,}")
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # damaged bytes, in the EXIF too, make Pillow raise anything
@@ -35,8 +42,8 @@ def decode_rgb(data: bytes) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        levels = np.asarray(image).astype(np.float64) / 257.0
-        return Image.fromarray(np.clip(np.round(levels), 0, 255).astype(np.uint8)).convert("RGB")
+        levels = np.clip(np.asarray(image), 0, 65535).astype(np.int32)
+        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
@@ -74,6 +81,11 @@ def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
     short = min(width, height)
     if short == size:
         return image
+    if size * size * max(width, height) > MOST_PIXELS * short:
+        raise DataError(
+            f"a picture of {width}x{height}, whose short side at {size} makes it more than {MOST_PIXELS:,} pixels. "
+            "Remove or crop it."
+        )
     return image.resize((max(size, round(width * size / short)), max(size, round(height * size / short))), _RESIZE)
 
 
@@ -114,16 +126,15 @@ def _imagenet(image: Image.Image, size: int, source: random.Random) -> Image.Ima
 
 
 def _ffhq(image: Image.Image, size: int, source: random.Random) -> Image.Image:
-    """The short side becomes R, a random square of 0.75 to 1 of the area becomes R x R, mirrored half of the time."""
-    image = _resize_short_side(image, size)
-    side = min(size, max(1, round(size * source.uniform(0.75, 1.0) ** 0.5)))
+    """Any square of 0.75 to 1 of the area becomes R x R, mirrored half of the time."""
+    side = max(1, min(*image.size, round((image.width * image.height * source.uniform(0.75, 1.0)) ** 0.5)))
     cropped = _random_crop(image, side, source)
     return _random_flip(cropped.resize((size, size), _RESIZE), source)
 
 
 def _lsun(image: Image.Image, size: int, source: random.Random) -> Image.Image:
-    """The short side becomes R, then the centre R x R, mirrored half of the time."""
-    return _random_flip(_center(image, size, source), source)
+    """The short side becomes R, then the centre R x R: in training, too, nothing is decided by chance."""
+    return _center(image, size, source)
 
 
 def _t2i(image: Image.Image, size: int, source: random.Random) -> Image.Image:

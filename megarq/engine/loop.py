@@ -12,7 +12,7 @@ from torch import Tensor
 from megarq.checkpoint.writer import CheckpointWriter
 from megarq.config.run import CheckpointConfig, LogConfig, TrainConfig
 from megarq.data.order import LoaderState
-from megarq.engine.metrics import MetricsLog, Speed, console_line, memory_gib
+from megarq.engine.metrics import Findings, MetricsLog, Speed, console_line, memory_gib
 from megarq.engine.passes import Passes
 from megarq.engine.schedule import learning_rate
 from megarq.engine.state import EngineState
@@ -46,6 +46,10 @@ class Task(Protocol):
 
     def validate(self) -> dict[str, float] | None:
         """Means over the held-out data, the same on all ranks; None without such data."""
+        ...
+
+    def observe(self, step: int, values: Mapping[str, Any]) -> Findings:
+        """What else there is to tell after a step with these metrics; called on all ranks."""
         ...
 
     def pictures(self) -> tuple[Tensor, str] | None:
@@ -146,9 +150,14 @@ class Trainer:
             "samples_seen": self.step * plan.train.global_batch_size,
             "epoch": batch.state.epoch,
         }
-        self.log.write(self.step, values)
+        found = self.task.observe(self.step, values)
+        self.log.write(self.step, values | found.values)
         if self.step % plan.log.console_every == 0 or self.step in (1, plan.steps):
             self.log.say(console_line(self.step, plan.steps, values, self._speed.eta(plan.steps - self.step)))
+        for line in found.lines:
+            self.log.say(f"step {self.step}: {line}")
+        for name, chart in found.charts.items():
+            self.log.chart(self.step, name, chart)
 
     def _validate(self) -> None:
         self.engine.eval()

@@ -1,18 +1,21 @@
-"""What a run tells: a console line, a line of metrics.jsonl, and TensorBoard events."""
+"""What a run tells: a console line, a line of metrics.jsonl, TensorBoard events, and pictures."""
 
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megarq.engine.pictures import save_png
 from megarq.files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
+PICTURES = "pictures"
 _GIB = 2**30
 _PEAK_TFLOPS = {
     "H100 PCIe": {"bf16": 756.0, "tf32": 378.0, "fp32": 51.0},
@@ -26,7 +29,16 @@ _PEAK_TFLOPS = {
     "V100": {"bf16": 125.0, "tf32": 15.7, "fp32": 15.7},
 }
 """Dense, by what is multiplied in; a V100 has no TF32."""
-_SHORT_NAMES = {"image_loss": "img", "caption_loss": "txt", "reconstruction_loss": "rec", "commitment_loss": "commit"}
+_SHORT_NAMES = {
+    "image_loss": "img",
+    "caption_loss": "txt",
+    "reconstruction_loss": "rec",
+    "perceptual_loss": "lpips",
+    "commitment_loss": "commit",
+    "generator_loss": "gen",
+    "adaptive_weight": "lambda",
+    "discriminator_loss": "disc",
+}
 
 
 def peak_tflops(device: torch.device, configured: float | None, products: str) -> float | None:
@@ -50,6 +62,18 @@ def memory_gib(device: torch.device) -> float:
     return pages * 4096 / _GIB
 
 
+@dataclass
+class Findings:
+    """What a task has to tell of a step, beside its losses."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    """For the step's line of metrics."""
+    lines: list[str] = field(default_factory=list)
+    """For the console."""
+    charts: dict[str, Tensor] = field(default_factory=dict)
+    """Drawings [3, H, W] in [0, 1] for TensorBoard, by name."""
+
+
 class MetricsLog:
     """Rank 0's log of a run; on other ranks every call does nothing."""
 
@@ -62,12 +86,13 @@ class MetricsLog:
 
         path = run / METRICS_FILE
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step]
+        self._pictures = run / PICTURES
         write_atomically(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(run / "tensorboard", purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append one line and the same scalars to TensorBoard."""
+        """Append one line, and its numbers and words to TensorBoard."""
         if not self._active:
             return
         line = {"step": step, **values}
@@ -76,13 +101,21 @@ class MetricsLog:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._events.add_scalar(name, value, step)
+            elif isinstance(value, str):
+                self._events.add_text(name, value, step)
 
     def pictures(self, step: int, name: str, grid: Tensor, text: str | None = None) -> None:
-        """Add a picture [3, H, W] in [0, 1], with what it shows."""
+        """Add a picture [3, H, W] in [0, 1], with what it shows, as pictures/step-00000120.png too."""
         if self._active:
+            save_png(self._pictures / f"step-{step:08d}.png", grid)
             self._events.add_image(name, grid, step)
             if text is not None:
                 self._events.add_text(f"{name}/prompts", text, step)
+
+    def chart(self, step: int, name: str, chart: Tensor) -> None:
+        """Add a drawing [3, H, W] in [0, 1] to TensorBoard."""
+        if self._active:
+            self._events.add_image(name, chart, step)
 
     def say(self, message: str) -> None:
         """Print a line."""
@@ -94,6 +127,11 @@ class MetricsLog:
         if self._active:
             self._file.close()
             self._events.close()
+
+
+def past_metrics(run: Path, step: int) -> Iterator[dict[str, Any]]:
+    """The lines of a run's metrics up to a step."""
+    return (values for values in map(json.loads, _lines(run / METRICS_FILE)) if values["step"] <= step)
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,29 +1,42 @@
-"""Stage 1: training the RQ-VAE on image shards, with reconstruction and commitment loss."""
+"""Stage 1: training the RQ-VAE on images, with reconstruction, commitment, perceptual and adversarial losses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from megarq.config.deepspeed import zero_stage
 from megarq.config.run import RQVAERunConfig
-from megarq.data.files import expand_shards
+from megarq.data.image_sources import open_images
 from megarq.data.images import ImageBatch, ImageLoader
-from megarq.engine.passes import PlainPasses
+from megarq.engine.adversary import AdversarialPasses, Adversary
+from megarq.engine.codebook_start import check_codebook_start, start_codebook
+from megarq.engine.finetuning import InitFrom, first_weights
+from megarq.engine.health import Health
+from megarq.engine.metrics import Findings, past_metrics
+from megarq.engine.passes import Passes, PlainPasses
+from megarq.engine.pictures import labelled_rows
 from megarq.engine.session import Session
 from megarq.errors import ConfigError
 from megarq.parallel.topology import ProcessGroups
+from megarq.rqvae.discriminator import smallest_resolution
 from megarq.rqvae.losses import RQVAELoss
 from megarq.rqvae.model import RQVAE
+from megarq.rqvae.perceptual import LPIPS, SMALLEST_RESOLUTION, find_vgg
 
 
-def check_rqvae_run(config: RQVAERunConfig, ds: Mapping[str, Any]) -> None:
-    """Raise ConfigError for what stage 1 cannot do, under DeepSpeed's configuration `ds`; needs no process group."""
+def check_rqvae_run(
+    config: RQVAERunConfig, ds: Mapping[str, Any], perceptual_weights: str | Path | None = None
+) -> None:
+    """Raise ConfigError for what stage 1 cannot do, under DeepSpeed's configuration `ds`; needs no process group.
+
+    `perceptual_weights` is the file of VGG16, if one is given.
+    """
     if zero_stage(ds) == 3:
         raise ConfigError(
             "ZeRO stage 3 for an RQ-VAE: its codebook is updated in place and read outside the layers that stage 3 "
@@ -36,22 +49,39 @@ def check_rqvae_run(config: RQVAERunConfig, ds: Mapping[str, Any]) -> None:
         )
     if config.train.compile:
         raise ConfigError("train.compile=true: it compiles transformer blocks, which an RQ-VAE has none of. Remove it.")
-    for name in ("perceptual_weight", "adversarial_weight"):
-        if getattr(config.loss, name):
+    check_codebook_start(config)
+    loss, resolution = config.loss, config.model.resolution
+    if loss.adversarial_weight and resolution < (smallest := smallest_resolution(loss.discriminator_layers)):
+        raise ConfigError(
+            f"loss.discriminator_layers={loss.discriminator_layers} with model.resolution={resolution}: no patch is "
+            f"left to judge below {smallest}. Use fewer layers, or loss.adversarial_weight=0."
+        )
+    if loss.perceptual_weight:
+        if resolution < SMALLEST_RESOLUTION:
             raise ConfigError(
-                f"loss.{name}={getattr(config.loss, name)}: this release trains with reconstruction and commitment "
-                "loss alone. Set loss.perceptual_weight=0 loss.adversarial_weight=0."
+                f"loss.perceptual_weight={loss.perceptual_weight} with model.resolution={resolution}: LPIPS needs "
+                f"{SMALLEST_RESOLUTION} or more. Set loss.perceptual_weight=0."
             )
+        find_vgg(perceptual_weights)
 
 
-def train_rqvae(session: Session, data: Sequence[str], validation: Sequence[str], flops_per_image: float) -> None:
+def train_rqvae(
+    session: Session,
+    data: Sequence[str],
+    validation: Sequence[str],
+    flops_per_image: float,
+    perceptual_weights: str | Path | None = None,
+    init_from: InitFrom | None = None,
+) -> None:
     """Train or go on training. Raises ConfigError, DataError or CheckpointError where the parts do not fit.
 
     Args:
         session: this rank of the run; its config is an RQVAERunConfig.
-        data: patterns of image shards.
-        validation: patterns of held-out image shards; none for no validation.
+        data: where pictures are, as `open_images` reads it.
+        validation: where held-out pictures are; none for no validation.
         flops_per_image: of a training step.
+        perceptual_weights: file of VGG16 for the perceptual loss; by default the one in torch's cache.
+        init_from: what a new run starts from in place of random weights.
     """
     config, topology = session.config, session.groups.topology
     assert isinstance(config, RQVAERunConfig)
@@ -65,12 +95,33 @@ def train_rqvae(session: Session, data: Sequence[str], validation: Sequence[str]
         workers=config.data.workers,
         max_bad_rate=config.data.max_bad_rate,
     )
-    batches = loader(expand_shards(data), config.data.transform, start=session.start)
-    held_out = loader(expand_shards(validation), "center") if validation else None
+    bad_rate = config.data.max_bad_rate
+    batches = loader(open_images(data, bad_rate), config.data.transform, start=session.start)
+    held_out = loader(open_images(validation, bad_rate), "center") if validation else None
     torch.manual_seed(config.train.seed)
     module = RQVAE(config.model, session.groups.data, config.train.seed)
-    task = partial(RQVAETask, config=config, validation=held_out, groups=session.groups, device=session.device)
-    session.train(module, decayed, task, batches, batches.samples_per_epoch, flops_per_image)
+    first, notes = first_weights(session, init_from)
+    if first is not None:
+        module.load_state_dict(first.state)
+    notes += start_codebook(session, module, batches, new=first is None)
+    adversary = Adversary(module, config, session.groups, session.device) if config.loss.adversarial_weight else None
+    if first is not None and adversary is not None and first.discriminator:
+        adversary.take_weights(first.discriminator)
+    task = partial(
+        RQVAETask,
+        config=config,
+        validation=held_out,
+        groups=session.groups,
+        device=session.device,
+        perceptual=LPIPS(find_vgg(perceptual_weights)) if config.loss.perceptual_weight else None,
+        adversary=adversary,
+        history=past_metrics(session.run, session.checkpoint.metadata["step"])
+        if session.checkpoint is not None and topology.rank == 0
+        else (),
+    )
+    session.train(
+        module, decayed, task, batches, batches.samples_per_epoch, flops_per_image, notes=notes, beside=adversary
+    )
 
 
 def decayed(name: str) -> bool:
@@ -79,9 +130,7 @@ def decayed(name: str) -> bool:
 
 
 class RQVAETask:
-    """Reconstruction and commitment loss under a DeepSpeed engine around an RQVAE."""
-
-    terms = ("loss", "reconstruction_loss", "commitment_loss")
+    """The losses of an RQVAE under a DeepSpeed engine, and of the discriminator beside it."""
 
     def __init__(
         self,
@@ -91,20 +140,44 @@ class RQVAETask:
         validation: ImageLoader | None,
         groups: ProcessGroups,
         device: torch.device,
+        perceptual: LPIPS | None = None,
+        adversary: Adversary | None = None,
+        history: Iterable[Mapping[str, Any]] = (),
     ) -> None:
+        """`history` are the metrics of the steps before, where a run goes on; only rank 0's alarms are heard."""
         self._engine, self._config, self._validation = engine, config, validation
         self._groups, self._device = groups, device
-        self._loss = RQVAELoss(config.loss.reconstruction, config.loss.commitment_weight)
-        self.passes = PlainPasses(engine, self.losses)
+        loss = config.loss
+        self._loss = RQVAELoss(loss.reconstruction, loss.commitment_weight, perceptual, loss.perceptual_weight).to(
+            device
+        )
+        self._adversary = adversary
+        self._health = Health(config, device, groups.data, history)
+        self._shown: Tensor | None = None
+        self.passes: Passes = PlainPasses(engine, self.losses)
+        if adversary is not None:
+            self.passes = AdversarialPasses(engine, self.losses, adversary)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of all losses; the adversarial ones are missing before the discriminator's start."""
+        perceptual = ("perceptual_loss",) if self._loss.perceptual is not None else ()
+        adversarial = Adversary.terms if self._adversary is not None else ()
+        return ("loss", "reconstruction_loss", *perceptual, "commitment_loss", *adversarial)
 
     def micro_batches(self, batch: ImageBatch, count: int) -> list[Tensor]:
         """Equal parts [b, 3, R, R] of a rank's share, in order."""
         return list(batch.images.chunk(count))
 
     def losses(self, images: Tensor) -> dict[str, Tensor]:
-        """Scalars "loss", "reconstruction_loss" and "commitment_loss"."""
+        """Scalars by name, "loss" among them; in training, with those of a discriminator that has joined in."""
         images = images.to(self._device)
-        losses: dict[str, Tensor] = self._loss(images, self._engine(images))
+        output = self._engine(images)
+        if self._engine.module.training:
+            self._health.add(output.codes)
+        if self._adversary is not None and self._adversary.active and self._engine.module.training:
+            return self._adversary.losses(images, output, self._loss)
+        losses: dict[str, Tensor] = self._loss(images, output)
         return losses
 
     def validate(self) -> dict[str, float] | None:
@@ -121,10 +194,31 @@ class RQVAETask:
             for name, value in zip(names, means.tolist(), strict=True)
         }
 
+    def observe(self, step: int, values: Mapping[str, Any]) -> Findings:
+        """How the codes were used, and warnings."""
+        return self._health.observe(step, values)
+
     def pictures(self) -> tuple[Tensor, str] | None:
-        """Held-out pictures above their reconstructions."""
+        """Held-out pictures, their reconstructions, and those from the codes of the first depth, the first two, ..."""
         if self._validation is None:
             return None
-        images = next(iter(self._validation)).images[: self._config.log.sample_count].to(self._device)
-        shown = torch.cat([images, self._engine(images).reconstruction.float()]).clamp(-1, 1).add(1).div(2)
-        return make_grid(shown.cpu(), nrow=len(images)), "originals above, reconstructions below"
+        if self._shown is None:
+            self._shown = self._first_pictures(self._validation)
+        model = self._engine.module
+        codes = model.quantize(model.encode(self._shown))
+        rows = [("original", self._shown), ("reconstruction", model.decode(codes))]
+        rows += [
+            (f"depths 1-{depth}" if depth > 1 else "depth 1", model.decode(codes, depth))
+            for depth in range(1, self._config.model.depth)
+        ]
+        return labelled_rows(rows), "originals, reconstructions, and reconstructions from the first depths alone"
+
+    def _first_pictures(self, validation: ImageLoader) -> Tensor:
+        """The first held-out pictures [n, 3, R, R]; rank 0, which shows them, has the same for any number of ranks."""
+        count = self._config.log.sample_count
+        images = next(iter(validation)).images.to(self._device)
+        if len(images) < count:
+            parts = [torch.empty_like(images) for _ in range(self._groups.topology.dp)]
+            dist.all_gather(parts, images, group=self._groups.data)
+            images = torch.cat(parts)
+        return images[:count]

@@ -22,7 +22,7 @@ from megarq.engine.kernels import choose_kernels
 from megarq.engine.loop import Batch, RunPlan, Task, Trainer
 from megarq.engine.metrics import MetricsLog, peak_tflops
 from megarq.engine.schedule import run_length
-from megarq.engine.state import EngineState
+from megarq.engine.state import Beside, EngineState
 from megarq.errors import ConfigError
 from megarq.files import write_atomically
 from megarq.parallel.together import gather_objects, together
@@ -99,6 +99,7 @@ class Session:
         flops_per_image: float,
         metadata: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
+        beside: Beside | None = None,
     ) -> None:
         """Build the engine, take over the checkpoint, and fit.
 
@@ -111,10 +112,11 @@ class Session:
             flops_per_image: of a training step, for the MFU.
             metadata: what else every checkpoint should say.
             notes: lines for the log, said when the run opens.
+            beside: what the task trains beside the engine.
         """
         config, topology = self.config, self.groups.topology
         engine = build_engine(module, config.train, self.ds, self.groups, decayed, self.device)
-        state = EngineState(engine, self.groups, config.train.ema_decay)
+        state = EngineState(engine, self.groups, config.train.ema_decay, beside)
         step = 0
         if self.checkpoint is not None:
             state.load(self.checkpoint)

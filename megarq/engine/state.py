@@ -2,10 +2,10 @@
 
 Saved: fp32 master weights, Adam's moments, the moving average of the weights if kept, and the module's buffers (of the
 first rank of each stage: they agree on the others). Nothing random is saved: randomness is a function of the seed and
-the step.
+the step. What is trained beside the engine is saved under names of its own.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,11 +18,35 @@ from megarq.parallel.together import gather_objects, together
 from megarq.parallel.topology import ProcessGroups
 
 
+class Beside(Protocol):
+    """What is trained beside the engine, whole and the same on all ranks."""
+
+    @property
+    def name(self) -> str:
+        """What all its tensors' names begin with, before a full stop."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What must not be lost, keyed "<kind>/<name>"."""
+        ...
+
+    def metadata(self) -> dict[str, Any]:
+        """What is saved beside the tensors."""
+        ...
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint, of a run without it too."""
+        ...
+
+
 class EngineState:
     """What a DeepSpeed engine must not lose."""
 
-    def __init__(self, engine: Any, groups: ProcessGroups, ema_decay: float | None) -> None:
+    def __init__(
+        self, engine: Any, groups: ProcessGroups, ema_decay: float | None, beside: Beside | None = None
+    ) -> None:
         """`ema_decay` is that of the moving average of the weights, None for none."""
+        self._beside = beside
         self.fragments = Fragments(engine, groups.tensor)
         self._engine = engine
         self._groups = groups
@@ -51,11 +75,17 @@ class EngineState:
             tensors |= {
                 f"buffer/{name}": (Fragment(tuple(buffer.shape)), buffer) for name, buffer in self._buffers().items()
             }
+            if self._beside is not None:
+                whole = self._beside.tensors().items()
+                tensors |= {key: (Fragment(tuple(tensor.shape)), tensor) for key, tensor in whole}
         return tensors
 
     def metadata(self) -> dict[str, Any]:
         """What is saved beside the tensors."""
-        return {"optimizer_step": self.fragments.optimizer_step()}
+        metadata: dict[str, Any] = {"optimizer_step": self.fragments.optimizer_step()}
+        if self._beside is not None:
+            metadata |= {"beside": [self._beside.name], **self._beside.metadata()}
+        return metadata
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
@@ -63,7 +93,8 @@ class EngineState:
 
         Raises CheckpointError on all ranks where it is of another model or damaged.
         """
-        saved = set(checkpoint.names("param"))
+        others = tuple(f"{name}." for name in checkpoint.metadata.get("beside", []))
+        saved = {name for name in checkpoint.names("param") if not name.startswith(others)}
         trained = [name for name, p in trained_module(self._engine).named_parameters() if p.requires_grad]
         wanted = {name for names in gather_objects(trained) for name in names}
         if wanted != saved:
@@ -89,6 +120,8 @@ class EngineState:
                 target.copy_(checkpoint.read(item.name, stored, item.place, target.numel()))
         for name, buffer in self._buffers().items():
             buffer.copy_(checkpoint.tensor(name, "buffer"))
+        if self._beside is not None:
+            self._beside.load(checkpoint)
 
     def _buffers(self) -> dict[str, Tensor]:
         persistent = trained_module(self._engine).state_dict(keep_vars=True)

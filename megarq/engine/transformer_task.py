@@ -3,7 +3,7 @@
 Shapes: b samples, L condition length, H x W positions, D depth, K codebook size, P tensor-parallel size.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torchvision.utils import make_grid
 from megarq.config.deepspeed import batch_sizes
 from megarq.config.run import RQTransformerRunConfig
 from megarq.data.loader import CodeBatch
+from megarq.engine.metrics import Findings
 from megarq.engine.passes import Passes, PipelinePasses, PlainPasses
 from megarq.engine.snapshot import whole_transformer
 from megarq.inference.sampling import sample_codes
@@ -89,6 +90,10 @@ class TransformerTask:
         return {
             f"validation_{name}": value for name, value in zip(sums, (values[:-1] / values[-1]).tolist(), strict=True)
         }
+
+    def observe(self, step: int, values: Mapping[str, Any]) -> Findings:
+        """Nothing beside the losses."""
+        return Findings()
 
     def pictures(self) -> tuple[Tensor, str] | None:
         """Pictures of a few prompts or classes, sampled with the configuration's settings."""

@@ -38,6 +38,8 @@ class AuthorsCheckpoint(NamedTuple):
     document: Mapping[str, Any]
     state: Mapping[str, Tensor]
     weights: str
+    discriminator: Mapping[str, Tensor]
+    """State dict of the RQ-VAE's discriminator; empty where the file holds none."""
 
 
 def import_pretrained(
@@ -83,7 +85,7 @@ def import_pretrained(
 def _import_model(
     rqvae: RQVAE, info: ModelInfo, source: Path, output: Path, tokenizer: str | Path | None, weights: str | None
 ) -> ModelInfo:
-    document, state, info.weights = read_checkpoint(source, weights)
+    document, state, info.weights, _ = read_checkpoint(source, weights)
     config = info.transformer = config_from_authors(document)
     config.validate()
     check_fit(config, rqvae.config)
@@ -113,7 +115,7 @@ def _finish(folder: Path, info: ModelInfo, title: str) -> None:
 def read_checkpoint(folder: str | Path, weights: str | None = None) -> AuthorsCheckpoint:
     """Read config.yaml and the weights of a folder, which stay on disk until used. Raises CheckpointError."""
     folder = Path(folder)
-    document = _read_yaml(folder / "config.yaml")
+    document = read_document(folder)
     path = _weights_file(folder)
     content = _read_tensors(path)
     if weights not in (None, *_KEYS):
@@ -125,10 +127,14 @@ def read_checkpoint(folder: str | Path, weights: str | None = None) -> AuthorsCh
             f"{path} has no {_KEYS[kind]!r}, only {', '.join(map(repr, content)) or 'nothing'}: "
             f"{'use --weights ' + present[0] if present else 'it is not a checkpoint of this layout'}."
         )
-    return AuthorsCheckpoint(document, content[_KEYS[kind]], kind)
+    discriminator = content.get("discriminator")
+    discriminator = discriminator if isinstance(discriminator, Mapping) else {}
+    return AuthorsCheckpoint(document, content[_KEYS[kind]], kind, discriminator)
 
 
-def _read_yaml(path: Path) -> Mapping[str, Any]:
+def read_document(folder: str | Path) -> Mapping[str, Any]:
+    """Read a folder's config.yaml alone. Raises CheckpointError where it describes no model."""
+    path = Path(folder) / "config.yaml"
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -5,7 +5,8 @@
     quantizer.codebooks.<depth>.{weight, cluster_size_ema, embed_ema}   a shared codebook once per depth, identical
     discriminator.*                                           not ours, ignored
 
-Whatever would make the answers of the imported model differ is refused.
+Whatever would make the answers of the imported model differ is refused. The way back writes the same layout: what their
+code builds from it, and what is read here, is the model that was written.
 """
 
 from collections.abc import Mapping
@@ -93,6 +94,46 @@ def state_from_authors(state: Mapping[str, Any], config: RQVAEConfig) -> dict[st
         )
     ours = {name: theirs[name].detach().to("cpu", torch.float32).contiguous() for name in expected}
     return ours | {_OURS_ALONE: torch.zeros((), dtype=torch.int64)}
+
+
+def config_to_authors(
+    config: RQVAEConfig, reconstruction: str = "mse", commitment_weight: float = 0.25
+) -> dict[str, Any]:
+    """Their config.yaml of our configuration; `reconstruction` and `commitment_weight` are those of the training."""
+    height, width, depth = config.code_shape
+    hparams = {
+        "bottleneck_type": "rq",
+        "embed_dim": config.codebook_dim,
+        "n_embed": config.codebook_size if config.codebook_sizes is None else list(config.codebook_sizes),
+        "latent_shape": [height, width, config.codebook_dim],
+        "code_shape": [height, width, depth],
+        "shared_codebook": config.shared_codebook,
+        "decay": config.decay,
+        "restart_unused_codes": config.restart_unused_codes,
+        "loss_type": reconstruction,
+        "latent_loss_weight": commitment_weight,
+    }
+    ddconfig = {
+        "double_z": False,
+        "z_channels": config.latent_channels,
+        "resolution": config.resolution,
+        "in_channels": config.image_channels,
+        "out_ch": config.image_channels,
+        "ch": config.channels,
+        "ch_mult": list(config.channel_multipliers),
+        "num_res_blocks": config.res_blocks,
+        "attn_resolutions": list(config.attention_resolutions),
+        "dropout": config.dropout,
+    }
+    arch = {"type": "rq-vae", "code_hier": 1, "hparams": hparams, "ddconfig": ddconfig, "checkpointing": False}
+    return {"arch": arch}
+
+
+def state_to_authors(state: Mapping[str, Tensor], config: RQVAEConfig) -> dict[str, Tensor]:
+    """Their state dict of that of our `RQVAE(config)`; a shared codebook stands in it once for each depth."""
+    theirs = {name: tensor.detach().to("cpu") for name, tensor in state.items() if name != _OURS_ALONE}
+    copies = _shared_copies({name: tensor.shape for name, tensor in theirs.items()}, config.depth)
+    return theirs | ({copy: theirs[name] for copy, name in copies.items()} if config.shared_codebook else {})
 
 
 def _section(mapping: Mapping[str, Any], path: str) -> Mapping[str, Any]:

@@ -137,22 +137,33 @@ class Codebook(nn.Module):
         Counts and sums are over all ranks. Codes whose moving count is below 1 restart from vectors that `generator`,
         in the same state on every rank, picks by their global index. Collective: every rank must call it.
         """
-        ones = vectors.new_ones(len(vectors), 1)
-        totals = vectors.new_zeros(self.size, self.dim + 1).index_add_(0, codes, torch.cat([vectors, ones], dim=1))
-        self._all_reduce(totals)
+        totals = self.totals(vectors, codes)
         self.embed_ema.lerp_(totals[:, :-1], 1 - self.decay)
         self.cluster_size_ema.lerp_(totals[:, -1], 1 - self.decay)
         if self.restart_unused:
             unused = (self.cluster_size_ema < 1).nonzero().squeeze(1)
             if len(unused):
-                self.embed_ema[unused] = self._candidates(vectors, len(unused), span, generator)
+                self.embed_ema[unused] = self.random_vectors(vectors, len(unused), span, generator)
                 self.cluster_size_ema[unused] = 1.0
         total = self.cluster_size_ema.sum()
         smoothed = (self.cluster_size_ema + self.eps) / (total + self.size * self.eps) * total
         self.weight[:-1] = self.embed_ema / smoothed.unsqueeze(1)
 
-    def _candidates(self, vectors: Tensor, count: int, span: Span, generator: torch.Generator) -> Tensor:
-        """`count` different vectors of all ranks [count, C]; repeated with a little noise where there are fewer."""
+    def totals(self, vectors: Tensor, codes: Tensor) -> Tensor:
+        """Sums of the vectors [N, C] of all ranks that chose each code, and in a last column their counts: [K, C + 1].
+
+        Collective.
+        """
+        ones = vectors.new_ones(len(vectors), 1)
+        totals = vectors.new_zeros(self.size, self.dim + 1).index_add_(0, codes, torch.cat([vectors, ones], dim=1))
+        self._all_reduce(totals)
+        return totals
+
+    def random_vectors(self, vectors: Tensor, count: int, span: Span, generator: torch.Generator) -> Tensor:
+        """`count` different vectors of all ranks [count, C]; repeated with a little noise where there are fewer.
+
+        Collective; `generator` is in the same state on every rank.
+        """
         order = torch.randperm(span.total, generator=generator, device="cpu").to(vectors.device)
         picked = order.repeat(-(-count // span.total))[:count] - span.first  # counted from this rank's first
         mine = (picked >= 0) & (picked < len(vectors))

@@ -1,6 +1,7 @@
 """The result of scoring as JSON, and as a table to read."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,19 @@ def to_table(result: dict[str, Any]) -> str:
         ema = {True: ", EMA", False: ", no EMA", None: ""}[result["ema"]]
         rows.append(("model", f"{result['model_fingerprint'][:DIGITS]}{ema}, seed {result['seed']}"))
     rows += [(f"weights {name}", f"sha256 {sha256[:DIGITS]}") for name, sha256 in result["weights_sha256"].items()]
-    rows += [(name, _score(score)) for name, score in result["metrics"].items()]
+    rows += [(name, describe_score(score)) for name, score in result["metrics"].items()]
+    return in_columns(rows, result["warnings"])
+
+
+def in_columns(rows: Sequence[tuple[str, str]], warnings: Sequence[str]) -> str:
+    """Names, what is told of each beside them, and warnings below."""
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {told}" for name, told in rows]
-    return "\n".join(lines + [f"warning: {warning}" for warning in result["warnings"]])
+    return "\n".join(lines + [f"warning: {warning}" for warning in warnings])
 
 
-def _score(score: dict[str, Any]) -> str:
+def describe_score(score: dict[str, Any]) -> str:
+    """A score's value with what is known of its spread."""
     told = f"{score['value']:.6g}"
     if "std" in score:
         told += f" (standard deviation {score['std']:.3g})"

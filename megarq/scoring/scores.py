@@ -23,7 +23,7 @@ NEIGHBOURS = 3
 """Of precision and recall: as in the paper that proposed them, ADM's evaluator and torch-fidelity."""
 EXTREMES = 16
 """Best and worst pictures by CLIP score that a result names."""
-FEW = {"fid": 10_000, "fd-dinov2": 10_000, "is": 5_000, "kid": 1_000, "prc": 5_000, "clip": 1_000}
+FEW = {"fid": 10_000, "rfid": 10_000, "fd-dinov2": 10_000, "is": 5_000, "kid": 1_000, "prc": 5_000, "clip": 1_000}
 """Fewer pictures than this get a warning.
 
 FID's bias falls with 1/N: at 10,000 pictures it is still about a point. IS takes the entropy of N / splits pictures

@@ -1,4 +1,4 @@
-"""Reading the RQ-Transformer in the layout of the authors' released checkpoints.
+"""Reading and writing the RQ-Transformer in the layout of the authors' released checkpoints.
 
 Shapes in their files that differ from ours: positions have a leading 1; query, key and value are three matrices, here
 stacked as [3, E, E]; per-depth classifiers are [D, E, K] (in x out), here [D, K, E].
@@ -16,23 +16,25 @@ from megarq.errors import CheckpointError
 from megarq.transformer.rq_transformer import RQTransformer
 
 _GELU = {"v1": "exact", "v2": "sigmoid"}
+_DROPOUT = 0.1
+"""Their dropout where config.yaml is silent."""
+_TABLES = ("body_input.codes.weight", "head_input.codes.weight")
 _UNSUPPORTED = ("use_padding_emb", "scaled_head_emb_vqvae")
-_NAMES = (
-    (r"^pos_emb_cond$", "body_input.condition_positions"),
-    (r"^pos_emb_hw$", "body_input.positions"),
-    (r"^pos_emb_d$", "head_input.positions"),
-    (r"^cond_emb\.", "body_input.condition."),
-    (r"^input_mlp\.", "body_input.projection."),
-    (r"^head_mlp\.", "head_input.projection."),
-    (r"^(body|head)_transformer\.blocks\.", r"\1."),
-    (r"\.attn\.proj\.", ".attention.output."),
-    (r"\.mlp\.0\.", ".mlp.up."),
-    (r"\.mlp\.2\.", ".mlp.down."),
-    (r"^classifier\.layer_norm\.", "outputs.codes.norm."),
-    (r"^classifier\.linear\.", "outputs.codes.linear."),
-    (r"^cond_classifier\.layer_norm\.", "outputs.caption.norm."),
-    (r"^cond_classifier\.linear\.", "outputs.caption.linear."),
-)
+_BEGINNINGS = {
+    "pos_emb_cond": "body_input.condition_positions",
+    "pos_emb_hw": "body_input.positions",
+    "pos_emb_d": "head_input.positions",
+    "cond_emb.": "body_input.condition.",
+    "input_mlp.": "body_input.projection.",
+    "head_mlp.": "head_input.projection.",
+    "body_transformer.blocks.": "body.",
+    "head_transformer.blocks.": "head.",
+    "classifier.layer_norm.": "outputs.codes.norm.",
+    "classifier.linear.": "outputs.codes.linear.",
+    "cond_classifier.layer_norm.": "outputs.caption.norm.",
+    "cond_classifier.linear.": "outputs.caption.linear.",
+}
+_MIDDLES = {".attn.proj.": ".attention.output.", ".mlp.0.": ".mlp.up.", ".mlp.2.": ".mlp.down."}
 
 
 def config_from_authors(document: Mapping[str, Any]) -> RQTransformerConfig:
@@ -63,7 +65,7 @@ def config_from_authors(document: Mapping[str, Any]) -> RQTransformerConfig:
         head=_stack(arch["head"]),
         cond_length=max(arch.get("block_size_cond", 0), 1),
         cond_vocab_size=max(arch.get("vocab_size_cond", 0), 1),
-        dropout=arch["body"].get("block", {}).get("resid_pdrop", 0.1),
+        dropout=arch["body"].get("block", {}).get("resid_pdrop", _DROPOUT),
         body_input="codebook" if arch.get("input_emb_vqvae", False) else "learned",
         head_input="codebook" if arch.get("head_emb_vqvae", False) else "learned",
         cumulative_depth=arch.get("cumsum_depth_ctx", False),
@@ -113,9 +115,77 @@ def state_from_authors(state: Mapping[str, Tensor], config: RQTransformerConfig)
     return ours
 
 
+def config_to_authors(config: RQTransformerConfig) -> dict[str, Any]:
+    """Their config.yaml of our configuration; of a block, keys that have their defaults are left out."""
+    sizes = config.codebook_size if config.codebook_sizes is None else list(config.codebook_sizes)
+    arch = {
+        "type": "rq-transformer",
+        "block_size": list(config.code_shape),
+        "vocab_size": sizes,
+        "embed_dim": config.embed_dim,
+        "input_embed_dim": config.codebook_dim,
+        "shared_tok_emb": config.shared_embedding,
+        "shared_cls_emb": config.shared_classifier,
+        "input_emb_vqvae": config.body_input == "codebook",
+        "head_emb_vqvae": config.head_input == "codebook",
+        "cumsum_depth_ctx": config.cumulative_depth,
+        "vocab_size_cond": config.cond_vocab_size,
+        "block_size_cond": config.cond_length,
+        "body": _stack_to_authors(config.body, config.dropout),
+        "head": _stack_to_authors(config.head, config.dropout),
+    }
+    return {"dataset": {"vocab_size": sizes}, "arch": arch}
+
+
+def _stack_to_authors(stack: StackConfig, dropout: float) -> dict[str, Any]:
+    block: dict[str, Any] = {"n_head": stack.heads}
+    if stack.gelu != "exact":
+        block["gelu"] = next(theirs for theirs, ours in _GELU.items() if ours == stack.gelu)
+    for key, value in (("attn_bias", stack.attention_bias), ("mlp_bias", stack.mlp_bias)):
+        block |= {} if value else {key: False}
+    if dropout != _DROPOUT:
+        block["resid_pdrop"] = dropout
+    return {"n_layer": stack.layers, "block": block}
+
+
+def state_to_authors(state: Mapping[str, Tensor], config: RQTransformerConfig) -> dict[str, Tensor]:
+    """Their state dict of our parameters."""
+    theirs: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if ".attention.qkv." in name:
+            prefix, kind = _rename_back(name).split(".attention.qkv.")
+            parts = zip(("query", "key", "value"), tensor, strict=True)
+            theirs |= {f"{prefix}.attn.{part}.{kind}": values.contiguous() for part, values in parts}
+        elif name in _TABLES:
+            theirs["tok_emb.weight"] = tensor  # where both sides learn, they share one table
+        elif name.endswith("positions"):
+            theirs[_rename_back(name)] = tensor.unsqueeze(0)
+        elif name == "outputs.codes.linear.weight" and tensor.ndim == 3:
+            theirs[_rename_back(name)] = tensor.transpose(1, 2).contiguous()
+        else:
+            theirs[_rename_back(name)] = tensor
+    if "tok_emb.weight" in theirs and not config.shared_embedding:
+        theirs["tok_emb.offsets"] = torch.tensor([sum(config.sizes[:depth]) for depth in range(config.depth)])
+    return theirs
+
+
 def _rename(name: str) -> str:
-    for pattern, replacement in _NAMES:
-        name = re.sub(pattern, replacement, name)
+    """Our name of theirs."""
+    return _replace(name, _BEGINNINGS, _MIDDLES)
+
+
+def _rename_back(name: str) -> str:
+    """Their name of ours."""
+    return _replace(name, *({ours: theirs for theirs, ours in names.items()} for names in (_BEGINNINGS, _MIDDLES)))
+
+
+def _replace(name: str, beginnings: Mapping[str, str], middles: Mapping[str, str]) -> str:
+    for old, new in beginnings.items():
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+            break
+    for old, new in middles.items():
+        name = name.replace(old, new)
     return name
 
 

@@ -118,8 +118,20 @@ def test_a_batch_that_ranks_cannot_share_is_refused_by_rank_0_alone(walk, tmp_pa
     ("options", "parts"),
     [
         (["--ds_config", "zero3.json"], ["ZeRO stage 3 for an RQ-VAE", "Use --ds_config zero1.json or zero2.json"]),
-        (["loss.perceptual_weight=1"], ["loss.perceptual_weight=1", "Set loss.perceptual_weight=0"]),
-        (["loss.adversarial_weight=0.75"], ["loss.adversarial_weight=0.75", "loss.adversarial_weight=0"]),
+        (
+            ["loss.perceptual_weight=1", "--perceptual-weights", "nowhere.pth"],
+            ["nowhere.pth (--perceptual-weights) does not exist", "download.pytorch.org/models/vgg16-397923af.pth"],
+        ),
+        (
+            ["loss.perceptual_weight=1", "model.resolution=8"],
+            ["loss.perceptual_weight=1.0 with model.resolution=8", "LPIPS needs 16", "Set loss.perceptual_weight=0"],
+        ),
+        (
+            ["loss.adversarial_weight=0.75", "loss.discriminator_layers=3"],
+            ["loss.discriminator_layers=3 with model.resolution=16", "below 24", "Use fewer layers"],
+        ),
+        (["loss.adversarial=wgan"], ["loss.adversarial='wgan'", "use hinge or vanilla"]),
+        (["loss.discriminator_lr=0"], ["loss.discriminator_lr=0", "above 0"]),
         (["data.transform=centre"], ["unknown transform 'centre'", "Use one of"]),
         (["model.resolution=18"], ["model.resolution=18", "Use a multiple of 4"]),
     ],

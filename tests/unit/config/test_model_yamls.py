@@ -3,6 +3,7 @@ import torch
 
 from megarq.config.load import load_config
 from megarq.config.names import CONFIGS
+from megarq.data.transforms import TRANSFORMS
 from megarq.planning.counts import rqvae_parameters, transformer_parameters
 from megarq.rqvae.model import RQVAE
 from megarq.transformer.rq_transformer import RQTransformer
@@ -25,6 +26,15 @@ RQVAES = {
     "rqvae-church-8x8x4": 104_402_051,
     "rqvae-cat-8x8x4": 104_402_051,
     "rqvae-bedroom-8x8x4": 104_402_051,
+    "rqvae-cc3m-8x8x4": 104_402_051,
+}
+STAGE_1 = {  # transform, epochs, epochs of warm-up
+    "rqvae-8x8x4": ("imagenet", 10, 0.5),
+    "rqvae-ffhq-8x8x4": ("ffhq", 150, 5),
+    "rqvae-church-8x8x4": ("lsun", 1, 0),
+    "rqvae-cat-8x8x4": ("lsun", 1, 0),
+    "rqvae-bedroom-8x8x4": ("lsun", 1, 0),
+    "rqvae-cc3m-8x8x4": ("t2i", 1, 0),
 }
 RQVAE_TRAINABLE = 100_207_491
 TRAINING = {  # global batch, epochs, top-k (None: all), top-p
@@ -91,6 +101,20 @@ def test_batch_epochs_and_sampling_are_the_published_ones(name: str, expected: t
     config = load_config(name, [], "rq-transformer")
     found = (config.train.global_batch_size, config.train.epochs, config.sampling.top_k, config.sampling.top_p)
     assert found == expected
+
+
+@pytest.mark.parametrize(("name", "expected"), STAGE_1.items())
+def test_pictures_and_epochs_of_stage_1_are_the_published_ones(name: str, expected: tuple[object, ...]) -> None:
+    config = load_config(name, [], "rq-vae")
+    assert (config.data.transform, config.train.epochs, config.train.warmup_epochs) == expected
+    assert config.data.transform in TRANSFORMS
+    train = config.train
+    assert (train.lr, train.betas, train.weight_decay, train.global_batch_size) == (4e-5, [0.5, 0.9], 0.0, 128)
+
+
+@pytest.mark.parametrize("name", ["rqvae-church-8x8x4", "rqvae-cat-8x8x4", "rqvae-bedroom-8x8x4", "rqvae-cc3m-8x8x4"])
+def test_what_is_finetuned_from_imagenet_has_its_architecture(name: str) -> None:
+    assert load_config(name, [], "rq-vae").model == load_config("rqvae-8x8x4", [], "rq-vae").model
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -30,6 +30,9 @@ REFUSED = {
     "rqvae-demo": [
         *("model.codebook_dim=0", "model.depth=0", "model.decay=2", "model.res_blocks=0", "data.max_bad_rate=2"),
         *("loss.commitment_weight=-1", "train.global_batch_size=0"),
+        *("codebook.init_batches=0", "codebook.init_latents=0", "codebook.init_iterations=-1"),
+        *("health.every=0", "health.smoothing=0", "health.usage_floor=2", "health.reconstruction_rise=0.5"),
+        "health.logits=0",
     ],
 }
 
@@ -49,8 +52,9 @@ def test_a_number_out_of_range(model, change):
         ("demo", "train.betas=[0.9]", "give two numbers"),
         ("rqvae-demo", "model.channel_multipliers=[]", "give one multiplier"),
         ("rqvae-demo", "model.attention_resolutions=[7]", "Choose among them"),
+        ("rqvae-demo", "codebook.init=k-means", "use random or kmeans"),
     ],
 )
-def test_a_list_that_does_not_fit(model, change, remedy):
+def test_a_value_that_does_not_fit(model, change, remedy):
     with pytest.raises(ConfigError, match=remedy):
         load_config(model, [change])

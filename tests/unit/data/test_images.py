@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megarq.data.image_sources import open_images
 from megarq.data.images import ImageLoader
 from megarq.data.order import LoaderState
 from megarq.errors import DataError
@@ -14,7 +15,7 @@ from megarq.errors import DataError
 
 def images(tars: list[str], count: int, **changes: object) -> list[Tensor]:
     options: dict[str, object] = {"transform": "imagenet", "resolution": 8, "global_batch_size": 12, "seed": 3}
-    loader = ImageLoader(tars, **(options | changes))  # type: ignore[arg-type]
+    loader = ImageLoader(open_images(tars), **(options | changes))  # type: ignore[arg-type]
     return [batch.images for batch in islice(loader, count)]
 
 
@@ -38,7 +39,7 @@ def test_an_epoch_has_every_picture_once(image_tars: list[str]) -> None:
 
 
 def test_a_loader_resumes_at_the_state_of_a_batch(image_tars: list[str]) -> None:
-    loader = ImageLoader(image_tars, "imagenet", 8, 12, seed=3)
+    loader = ImageLoader(open_images(image_tars), "imagenet", 8, 12, seed=3)
     batches = list(islice(loader, 5))
     assert batches[1].state == LoaderState(1, 1)
     resumed = images(image_tars, 3, start=batches[1].state)
@@ -52,7 +53,7 @@ def test_the_global_random_state_is_left_alone(image_tars: list[str]) -> None:
 
 
 def test_samples_per_epoch_counts_the_pictures(image_tars: list[str]) -> None:
-    assert ImageLoader(image_tars, "none", 8, 4).samples_per_epoch == 23
+    assert ImageLoader(open_images(image_tars), "none", 8, 4).samples_per_epoch == 23
 
 
 def test_an_unreadable_picture_is_replaced(

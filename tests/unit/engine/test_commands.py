@@ -1,9 +1,11 @@
 """The two training commands up to the point where a process group would be needed."""
 
+from pathlib import Path
+
 import pytest
 
 from megarq import cli, train, train_rqvae
-from megarq.errors import ConfigError
+from megarq.errors import CheckpointError, ConfigError
 
 COMPLETE = ["--model", "demo", "--data", "codes", "--output", "run"]
 
@@ -41,6 +43,34 @@ def test_the_rqvae_command_is_its_own():
         "deepspeed megarq/train_rqvae.py --ds_config zero1.json --model rqvae-8x8x4 --data 'shards/*.tar' "
         "--output RUN [key=value ...]"
     )
+
+
+def test_a_finetuning_needs_no_model():
+    with pytest.raises(ConfigError) as error:
+        train_rqvae.main(["--init-from", "runs/in net", "--init-weights", "ema", "train.epochs=1"])
+    assert str(error.value) == (
+        "--data, --output missing. The complete command:\n"
+        "    deepspeed megarq/train_rqvae.py --ds_config zero1.json --data 'shards/*.tar' --output RUN "
+        "--init-from 'runs/in net' --init-weights ema train.epochs=1"
+    )
+
+
+def test_a_finetuning_may_name_its_model():
+    with pytest.raises(ConfigError, match=r"--model rqvae-church-8x8x4 --data .* --init-from runs/imagenet"):
+        train_rqvae.main(["--model", "rqvae-church-8x8x4", "--init-from", "runs/imagenet"])
+
+
+def test_a_finetuning_without_a_source_is_refused(tmp_path):
+    options = ["--init-from", str(tmp_path), "--data", "x.tar", "--output", "run", "train.epochs=1"]
+    with pytest.raises(CheckpointError, match="holds neither config.json nor checkpoints nor config.yaml"):
+        train_rqvae.main(options)
+
+
+def test_a_finetuning_takes_its_architecture_from_the_source():
+    source = str(Path(__file__).parents[2] / "reference" / "rqvae")
+    options = ["--init-from", source, "--data", "x.tar", "--output", "run", "train.epochs=1"]
+    with pytest.raises(ConfigError, match=r"attention_resolutions=\[3\]: the levels have \[32, 16, 8\]"):
+        train_rqvae.main([*options, "model.attention_resolutions=[3]"])
 
 
 def test_an_unknown_key_stops_with_the_nearest():
@@ -82,6 +112,13 @@ def test_the_rqvae_command_refuses_stage_3():
     options = ["--ds_config", "zero3.json", "--model", "rqvae-demo", "--data", "x.tar", "--output", "run"]
     with pytest.raises(ConfigError, match=r"ZeRO stage 3 for an RQ-VAE.*Use --ds_config zero1.json or zero2.json"):
         train_rqvae.main(options)
+
+
+def test_more_codes_than_latents_are_refused_for_kmeans():
+    options = ["--ds_config", "zero1.json", "--model", "rqvae-demo", "--data", "x.tar", "--output", "run"]
+    changes = ["codebook.init=kmeans", "codebook.init_batches=1", "codebook.init_latents=200"]
+    with pytest.raises(ConfigError, match=r"codebook.init_latents=200 allows, 200 latents for 256 codes. Give more"):
+        train_rqvae.main([*options, *changes])
 
 
 @pytest.mark.parametrize("command", [train, train_rqvae])

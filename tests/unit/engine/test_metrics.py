@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megarq.engine.metrics import (
@@ -14,6 +15,7 @@ from megarq.engine.metrics import (
     Speed,
     console_line,
     memory_gib,
+    past_metrics,
     peak_tflops,
 )
 
@@ -141,6 +143,7 @@ def test_other_ranks_write_nothing(log, tmp_path, capsys):
     other.write(1, {"loss": 1.0})
     other.say("hello")
     other.pictures(1, "pictures", torch.zeros(3, 4, 4), "text")
+    other.chart(1, "chart", torch.zeros(3, 4, 4))
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 
@@ -167,6 +170,40 @@ def test_tensorboard_has_pictures_and_their_prompts(log, tmp_path):
     found = events(tmp_path)
     assert [event.step for event in found.Images("pictures")] == [7]
     assert found.Tags()["tensors"] == ["pictures/prompts/text_summary"]
+
+
+def test_pictures_are_png_files_too(log, tmp_path):
+    log().pictures(120, "pictures", torch.ones(3, 4, 6))
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["step-00000120.png"]
+    with Image.open(tmp_path / "pictures" / "step-00000120.png") as image:
+        assert image.size == (6, 4) and image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_run_that_passes_a_step_again_replaces_its_picture(log, tmp_path):
+    for value in (0.0, 1.0):
+        log().pictures(5, "pictures", torch.full((3, 4, 4), value))
+    with Image.open(tmp_path / "pictures" / "step-00000005.png") as image:
+        assert image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_tensorboard_has_charts_and_warnings(log, tmp_path):
+    first = log()
+    first.chart(4, "code_frequencies", torch.rand(3, 8, 8))
+    first.write(4, {"loss": 1.0, "warning": "it diverges"})
+    first.close()
+    found = events(tmp_path)
+    assert [event.step for event in found.Images("code_frequencies")] == [4]
+    assert found.Tags()["tensors"] == ["warning/text_summary"]
+    assert lines(tmp_path)[0]["warning"] == "it diverges"
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_past_metrics_end_with_the_step_that_a_run_goes_on_from(log, tmp_path):
+    first = log()
+    for step in (1, 2, 3):
+        first.write(step, {"loss": float(step)})
+    assert list(past_metrics(tmp_path, 2)) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}]
+    assert list(past_metrics(tmp_path / "elsewhere", 2)) == []
 
 
 def test_memory_of_a_cpu_process_is_known():

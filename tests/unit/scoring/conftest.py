@@ -4,25 +4,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
-import torch
+from random_inception import write_inception
 from scored_pictures import stand_in, write_pictures
-from torch import nn
-
-from megarq.scoring.protocols import CleanInception
 
 COUNT = 6
 SMALL = ("--isc-splits", "3", "--kid-subset-size", "5", "--kid-subsets", "5")
 """For torch-fidelity's command line: as much as six pictures allow."""
-
-
-class Unloaded(CleanInception):
-    """Inception with the weights that it was initialised with."""
-
-    def load_state_dict(self, *_: Any, **__: Any) -> Any:
-        return None
 
 
 @pytest.fixture(scope="session")
@@ -34,14 +24,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def inception_file(files: Path) -> Path:
     """Random weights of Inception whose features are of order one."""
-    torch.save({}, files / "empty.pth")
-    torch.manual_seed(0)
-    network = Unloaded("made up", ["2048"], feature_extractor_weights_path=files / "empty.pth")
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    torch.save(network.state_dict(), files / "inception.pth")
-    return files / "inception.pth"
+    return write_inception(files)
 
 
 @pytest.fixture(scope="session")

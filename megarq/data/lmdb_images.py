@@ -1,0 +1,172 @@
+"""Pictures in LMDB, as LSUN publishes them: `church_outdoor_train_lmdb/data.mdb`, encoded files by key.
+
+The environment is opened for reading alone, without locks or read-ahead: nothing is written to the database, and it may
+lie on a read-only or network disk. Reading all keys of millions of pictures takes a while on a spinning disk, so they
+are kept beside the database in `megarq-keys.npz`, and read again when the database has changed.
+"""
+
+import logging
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from megarq.data.packed import PackedBytes
+from megarq.errors import DataError
+
+DATABASE = "data.mdb"
+KEYS = "megarq-keys.npz"
+
+logger = logging.getLogger(__name__)
+
+
+class LmdbImages:
+    """The pictures of one database, in the order of their keys."""
+
+    def __init__(self, path: str | Path) -> None:
+        """path: the folder of a data.mdb, or the file itself.
+
+        Raises: DataError where it is missing, cut off, no LMDB or empty, or where the package lmdb is not installed.
+        """
+        path = Path(path)
+        self._file = path / DATABASE if path.is_dir() else path
+        self._environment: _Environment | None = None  # each process opens its own when it first reads
+        self._keys = _keys(_Environment.of(self._file))
+        if not len(self._keys):
+            raise DataError(f"{self._file} is an empty database: no key is in it. Copy or download it again.")
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def name(self, index: int) -> tuple[str, str]:
+        """(database, key) of a picture."""
+        return str(self._file), self._keys[index].decode(errors="backslashreplace")
+
+    def read(self, index: int) -> bytes:
+        """The encoded picture. Raises: DataError where the database has changed since it was opened."""
+        if self._environment is None or self._environment.owner != os.getpid():
+            self._environment = _Environment.of(self._file)
+        key = self._keys[index]
+        with self._environment.reading() as transaction:
+            value = transaction.get(key)
+        if value is None:
+            raise DataError(f"{self._file} lost the key {key!a} while it was in use. Leave it alone; start again.")
+        return bytes(value)
+
+
+class ImageLmdb:
+    """The same as an `ImageStore`, to be packed: a picture is named by its key and the first one's format."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises: DataError as LmdbImages does."""
+        self.path = path
+        self._images = LmdbImages(path)
+        first = self._images.read(0)
+        self._ending = ".webp" if first[:4] == b"RIFF" else ".png" if first[1:4] == b"PNG" else ".jpg"
+        self._places = {f"{self._images.name(index)[1]}{self._ending}": index for index in range(len(self._images))}
+        self.files = sorted(self._places)
+        self.folders: list[str] = []
+
+    def read(self, name: str) -> bytes:
+        """The content of a listed picture. Raises: OSError where it cannot be read."""
+        try:
+            return self._images.read(self._places[name])
+        except DataError as error:
+            raise OSError(str(error)) from error
+
+
+class _Environment:
+    """A process's view of a database, for reading. LMDB allows no second one, so all who read it share it."""
+
+    _of_this_process: ClassVar[WeakValueDictionary[Path, "_Environment"]] = WeakValueDictionary()
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.owner = file, os.getpid()
+        self._environment = _open(file)
+
+    @classmethod
+    def of(cls, file: Path) -> "_Environment":
+        """This process's; one that came through a fork is closed and opened anew. Raises: DataError."""
+        file = file.resolve()
+        found = cls._of_this_process.get(file)
+        if found is None or found.owner != os.getpid():
+            if found is not None:
+                found._environment.close()
+            found = cls._of_this_process[file] = cls(file)
+        return found
+
+    def state(self) -> list[int]:
+        """Numbers that change when the database does."""
+        return [self._environment.info()["last_txnid"], self._environment.stat()["entries"], self.file.stat().st_size]
+
+    @contextmanager
+    def reading(self) -> Iterator[Any]:
+        """A transaction, whose errors are DataErrors."""
+        with _lmdb_errors(self.file), self._environment.begin() as transaction:
+            yield transaction
+
+
+def _open(file: Path) -> Any:
+    """Raises: DataError."""
+    try:
+        import lmdb
+    except ImportError as error:
+        raise DataError(f"{file} is an LMDB, and the package lmdb is not installed. Run `pip install lmdb`.") from error
+    if not file.is_file() or not file.stat().st_size:
+        raise DataError(f"{file} is {'empty' if file.is_file() else 'missing'}. Copy or download the database again.")
+    with _lmdb_errors(file):
+        environment = lmdb.open(
+            str(file), subdir=False, readonly=True, lock=False, readahead=False, meminit=False, max_readers=1
+        )
+    size, whole = file.stat().st_size, (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    if size < whole:  # to read a page beyond the end is a bus error, not an exception
+        environment.close()
+        raise DataError(f"{file} is cut off: it has {size} bytes of {whole}. Copy or download it again.")
+    return environment
+
+
+@contextmanager
+def _lmdb_errors(file: Path) -> Iterator[None]:
+    """LMDB's errors as DataError."""
+    import lmdb
+
+    try:
+        yield
+    except lmdb.Error as error:
+        raise DataError(f"{file} cannot be read as an LMDB ({error}). Copy or download it again.") from error
+
+
+def _keys(environment: _Environment) -> PackedBytes:
+    """All keys, sorted as LMDB sorts them; from the cache beside the database where it is of this state of it."""
+    state, cache = environment.state(), environment.file.parent / KEYS
+    try:
+        with np.load(cache, allow_pickle=False) as stored:
+            if stored["state"].tolist() == state:
+                return PackedBytes(stored["data"], stored["ends"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # none, or a torn one
+    with environment.reading() as transaction:
+        keys = PackedBytes.of(list(transaction.cursor().iternext(keys=True, values=False)))
+    _keep(cache, state, keys)
+    return keys
+
+
+def _keep(cache: Path, state: list[int], keys: PackedBytes) -> None:
+    """Write the cache whole, under a name of its own until then: every rank of a run may be at it."""
+    try:
+        number, temporary = tempfile.mkstemp(prefix=f".{KEYS}.", dir=cache.parent)
+        try:
+            with os.fdopen(number, "wb") as target:
+                np.savez(target, state=state, data=keys.data, ends=keys.ends)
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(cache)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        logger.info("%s cannot be written (%s): the keys will be read again at the next start", cache, error)
