@@ -13,7 +13,7 @@ from megarq.rqvae.health import use_of
 from megarq.scoring.distortion import psnr
 from megarq.scoring.networks import LAYERS
 from megarq.scoring.reconstruction import Measured, Reconstructed
-from megarq.scoring.result import DIGITS, FORMAT, VERSION, describe_score, in_columns
+from megarq.scoring.result import DIGITS, FORMAT, RECONSTRUCTIONS, VERSION, describe_score, in_columns
 from megarq.scoring.scores import frechet, too_few
 from megarq.scoring.statistics import to_statistics
 
@@ -58,7 +58,7 @@ def to_result(made: Reconstructed) -> dict[str, Any]:
         },
         "images": {
             "path": str(request.model),
-            "kind": "reconstructions",
+            "kind": RECONSTRUCTIONS,
             "sha256": reconstructions,
             "size": size,
             "sampling": None,

@@ -10,6 +10,7 @@ from megarq.scoring.report_html import Html, escape, join, tag
 from megarq.scoring.report_pictures import Gallery, Tile, make_gallery, open_scored
 from megarq.scoring.report_results import Result, differences, load_results
 from megarq.scoring.report_tables import card, metric_names, scores_table, step_series, title
+from megarq.scoring.result import RECONSTRUCTIONS
 
 STYLE = Path(__file__).with_name("report.css")
 SAMPLES, SAMPLES_OF_ALL, FEWEST_SAMPLES, MOST_SETS = 24, 48, 4, 8
@@ -26,7 +27,7 @@ class ReportRequest:
     """What a page is to show."""
 
     results: Sequence[str]
-    """Files, folders or globs of score.py's JSON."""
+    """Files, folders or globs of the JSON of score.py and reconstruction.py."""
     images: Sequence[str] = field(default_factory=tuple)
     """Where the picture sets lie now, in the order in which the results name them; by default where they lay."""
     reference: str | None = None
@@ -113,11 +114,13 @@ def _charts(results: Sequence[Result]) -> Html | None:
 
 
 def _galleries(request: ReportRequest, results: Sequence[Result]) -> list[Gallery]:
-    """One for each picture set, of which several results may tell."""
+    """One for each picture set, of which several results may tell; reconstructions are not kept as one."""
     if request.samples == 0:
         return []
     sets: dict[str, list[Result]] = {}
     for result in results:
+        if result["images"].get("kind") == RECONSTRUCTIONS:
+            continue
         sets.setdefault(result["images"].get("sha256") or result["images"]["path"], []).append(result)
     if request.images and len(request.images) != len(sets):
         named = ", ".join(told[0]["images"]["path"] for told in sets.values())
@@ -125,6 +128,8 @@ def _galleries(request: ReportRequest, results: Sequence[Result]) -> list[Galler
             f"--images is given {len(request.images)} times, but the results are of {len(sets)} picture sets: {named}. "
             "Give it once for each, in this order."
         )
+    if not sets:
+        return []
     given = dict(zip(sets, request.images, strict=True)) if request.images else {}
     last = len(sets) - 1
     shown = list(sets) if last < MOST_SETS else [list(sets)[i * last // (MOST_SETS - 1)] for i in range(MOST_SETS)]

@@ -17,6 +17,10 @@ NAMES = {
     "precision": ("Precision", "higher is better"),
     "recall": ("Recall", "higher is better"),
     "clip": ("CLIP score", "higher is better"),
+    "rfid": ("rFID", "lower is better"),
+    "psnr": ("PSNR, dB", "higher is better"),
+    "ssim": ("SSIM", "higher is better"),
+    "lpips": ("LPIPS", "lower is better"),
 }
 """Metrics in the order of the page, and how to read them."""
 _SHARED_NOTES = {"prc": ("precision", "recall")}

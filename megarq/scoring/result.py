@@ -11,6 +11,8 @@ from megarq.scoring.evaluate import Scored
 from megarq.scoring.scores import clip_extremes
 
 FORMAT, VERSION = "megarq-scores", 1
+RECONSTRUCTIONS = "reconstructions"
+"""Kind of images that were measured and not kept."""
 DIGITS = 12
 """Of each hash, in a table."""
 

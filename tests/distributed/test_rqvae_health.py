@@ -22,6 +22,7 @@ from megarq.engine.finetuning import InitFrom, config_of_source
 from megarq.engine.rqvae_run import train_rqvae
 from megarq.engine.session import Session
 from megarq.engine.start import resolve_and_place
+from megarq.rqvae.health import CodeCounts
 from megarq.rqvae.model import RQVAE
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "rqvae"
@@ -118,19 +119,39 @@ def test_the_use_of_codes_is_counted_over_all_ranks(rank_group, tmp_path, pictur
     assert ["usage_1" in line for line in together] == [False, True] * (STEPS // EVERY)
     for mine, theirs in zip(together, alone, strict=True):
         if "usage_1" in theirs:
-            assert [mine[name] for name in USES] == pytest.approx([theirs[name] for name in USES], rel=1e-5)
+            # Ranks round sums otherwise than one alone, which moves a latent between two codes that are equally near.
+            for name in USES:
+                one_code = 1.5 / CODES if name.startswith("usage") else 1.5
+                assert mine[name] == pytest.approx(theirs[name], abs=one_code), name
             assert theirs["usage"] >= theirs["usage_1"] > 0.1
     assert f"step {EVERY}: codes over {EVERY} steps, by depth: used " in said
     assert "codebook: k-means of 300 latents of the first 3 batches\n" in said
 
 
-def test_accumulated_micro_batches_are_all_counted(rank_group, tmp_path, pictures):
-    config = config_of(steps=EVERY)
-    config.train.micro_batch_size, config.train.lr = 2, 1e-12
-    rank_group(1).run(train, tmp_path / "run", pictures, config)
-    last = metrics_of(tmp_path / "run")[-1]
-    # 2 x 8 pictures of 16 stacks choose more codes than the 2 x 2 of one micro-batch each could, were there more codes.
-    assert last["dead_1"] + round(last["usage_1"] * CODES) == CODES
+def train_and_count(run: Path, data: Path, config: RQVAERunConfig) -> list[list[int]]:
+    """The codes of each depth that were counted, of each window of a training."""
+    windows: list[list[int]] = []
+    take = CodeCounts.take
+
+    def remembered(self: CodeCounts, group: dist.ProcessGroup | None = None) -> list[torch.Tensor]:
+        counts = take(self, group)
+        windows.append([int(depth.sum()) for depth in counts])
+        return counts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CodeCounts, "take", remembered)
+        train(run, data, config)
+    return windows
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_codes_of_all_micro_batches_and_ranks_are_counted(rank_group, tmp_path, pictures, ranks):
+    config = config_of()
+    config.train.micro_batch_size = 2
+    height, width, depth = config.model.code_shape
+    expected = [[EVERY * config.train.global_batch_size * height * width] * depth] * (STEPS // EVERY)
+    for windows in rank_group(ranks).run(train_and_count, tmp_path / "run", pictures, config):
+        assert windows == expected
 
 
 @pytest.fixture

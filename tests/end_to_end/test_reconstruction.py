@@ -20,7 +20,7 @@ COUNT = 5
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
-    """What is measured, but for --output: two batches and a part of one: of four ranks one has nothing to do."""
+    """What is measured, but for --output: two batches and a part of one, so one of four ranks has nothing to do."""
     folder = tmp_path_factory.mktemp("reconstruction")
     small = small_rqvae(0)
     config = RQVAEConfig(**{**vars(small.config), "resolution": 16})

@@ -25,9 +25,13 @@ from megarq.rqvae.perceptual import LPIPS
 from megarq.scoring import evaluate as scoring
 from megarq.scoring import reconstruction as module
 from megarq.scoring.distortion import psnr, squared_error, ssim
+from megarq.scoring.evaluate import Request, evaluate
 from megarq.scoring.protocols import PROTOCOLS
 from megarq.scoring.reconstruction import METRICS, Networks, Reconstructed, ReconstructionRequest, Share
 from megarq.scoring.reconstruction_result import draw_sheet, to_result, to_table
+from megarq.scoring.report import ReportRequest, make_report
+from megarq.scoring.result import to_result as to_picture_result
+from megarq.scoring.result import write_result
 
 CPU = torch.device("cpu")
 ALONE = LaunchEnvironment(0, 1, 0, "127.0.0.1", 0, "none")
@@ -228,6 +232,18 @@ def test_the_result_tells_what_it_depends_on(ask, model, rqvae, data, vgg):
     table = to_table(result)
     for line in ("rfid  ", "codes, depth 3", "codes, all depths", "first 2", "warning: rfid:", "protocol  "):
         assert line in table, line
+
+
+def test_a_report_shows_the_numbers_of_reconstructions_beside_the_scores_of_pictures(ask, tmp_path, data):
+    write_result(tmp_path / "rqvae.json", to_result(measure(ask("rfid", "psnr", "ssim"))))
+    asked = Request(str(data), str(data), PROTOCOLS["rq-paper"], ("fid",), CPU)
+    write_result(tmp_path / "pictures.json", to_picture_result(evaluate(asked)))
+    page = make_report(ReportRequest([str(tmp_path / name) for name in ("rqvae.json", "pictures.json")], samples=3))
+    for name, better in (("rFID", "lower"), ("PSNR, dB", "higher"), ("SSIM", "higher"), ("FID", "lower")):
+        assert f"{name}<small>{better} is better" in page
+    assert page.count("<img") == 2 * 3  # the scored pictures and their references: reconstructions are not kept
+    alone = make_report(ReportRequest([str(tmp_path / "rqvae.json")]))
+    assert "rFID" in alone and "<img" not in alone
 
 
 def test_a_runs_checkpoint_tells_its_step_and_weights(ask, rqvae, tmp_path):
