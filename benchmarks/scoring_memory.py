@@ -140,9 +140,11 @@ def pass_batch(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     protocol, device = PROTOCOLS["rq-paper"], torch.device("cpu")
     before = peak_gib()
     weights = random_weights(folder)
-    network = build_network("inception", protocol, [FEATURES, protocol.logits], weights, device)
+    layers = [FEATURES, protocol.logits]
+    network = build_network("inception", protocol, layers, weights, device)
     start = time.perf_counter()
-    extract(open_pictures(folder / "batch"), [network], device, batch_size=args.batch_size)
+    hold = [("inception", layer) for layer in layers]
+    extract(open_pictures(folder / "batch"), [network], device, batch_size=args.batch_size, hold=hold)
     seconds = time.perf_counter() - start
     return {
         "batch_size": args.batch_size,

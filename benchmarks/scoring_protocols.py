@@ -33,7 +33,7 @@ from megarq.scoring.features import extract
 from megarq.scoring.networks import FeatureNetwork
 from megarq.scoring.protocols import FEATURES, INCEPTION_SIDE, PROTOCOLS, CleanInception, RqPaperInception
 from megarq.scoring.scores import ScoreSettings
-from megarq.scoring.statistics import to_statistics
+from megarq.scoring.statistics import statistics_of, to_statistics
 from megarq.scoring.weights import Weights, find_weights, read_state
 
 EXAMPLE = """examples:
@@ -134,12 +134,12 @@ def build(kind: type[nn.Module], weights: Weights, device: torch.device) -> Feat
 
 def fid(kind: type[nn.Module], images: str, reference: str, weights: Weights, device: torch.device) -> float:
     """FID with a variant of a protocol's resize on both sides."""
-    network = build(kind, weights, device)
+    network, layer = build(kind, weights, device), ("inception", FEATURES)
     ours, theirs = (
-        extract(open_pictures(source), [network], device).layers["inception", FEATURES]
+        statistics_of(extract(open_pictures(source), [network], device, summed=[layer]), "inception", PAPER)
         for source in (images, reference)
     )
-    return scores.frechet(to_statistics(ours, PAPER), to_statistics(theirs, PAPER))
+    return scores.frechet(ours, theirs)
 
 
 @torch.no_grad()
@@ -147,8 +147,8 @@ def fid_of_floats(floats: Tensor, reference: str, weights: Weights, device: torc
     """FID of pictures [N, 3, H, W] in [0, 1] as they were before rounding; the reference's are files."""
     network = build(RqPaperInception, weights, device)
     ours = torch.cat([network.module(part.to(device))[0].cpu() for part in floats.split(64)])
-    theirs = extract(open_pictures(reference), [network], device).layers["inception", FEATURES]
-    return scores.frechet(to_statistics(ours, PAPER), to_statistics(theirs, PAPER))
+    theirs = extract(open_pictures(reference), [network], device, summed=[("inception", FEATURES)])
+    return scores.frechet(to_statistics(ours, PAPER), statistics_of(theirs, "inception", PAPER))
 
 
 def make_pictures(folder: Path, count: int, side: int, seed: int) -> Tensor:

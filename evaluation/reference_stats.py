@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         transform=None if args.transform == "none" else args.transform,
         batch_size=args.batch_size,
         workers=args.workers,
-        keep=args.features,
+        keep=names if args.features else (),
     )
     write_statistics(args.output, reference, args.features)
     size = "x".join(map(str, reference.size or ()))

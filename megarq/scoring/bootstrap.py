@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megarq.errors import ConfigError
+from megarq.scoring.moments import Moments
 from megarq.scoring.statistics import Statistics
 
 NORMAL = 1.96
@@ -55,28 +56,22 @@ class FrechetReplicates:
     def __init__(self, features: Tensor, reference: Statistics, device: torch.device) -> None:
         """features [N, dim] of the generated pictures."""
         self._features = features
-        self._device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-        self._centre = features.mean(0, dtype=torch.float64).to(self._device)
-        self._mu = torch.from_numpy(reference.mu.astype(np.float64)).to(self._device)
-        sigma = torch.from_numpy(reference.sigma.astype(np.float64)).to(self._device)
+        device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        self._centre = features.mean(0, dtype=torch.float64).to(device)
+        self._mu = torch.from_numpy(reference.mu.astype(np.float64)).to(device)
+        sigma = torch.from_numpy(reference.sigma.astype(np.float64)).to(device)
         values, vectors = torch.linalg.eigh(sigma)
         self._root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
         self._trace = sigma.trace()
 
     def __call__(self, drawn: np.ndarray[Any, np.dtype[np.int64]]) -> float:
         """The distance where picture i stands in the sample as often as i is drawn."""
-        count = len(drawn)
-        times = torch.from_numpy(np.bincount(drawn, minlength=len(self._features))).double()
-        mean = torch.zeros_like(self._mu)
-        square = torch.zeros_like(self._root)
+        times = torch.from_numpy(np.bincount(drawn, minlength=len(self._features)))
+        moments = Moments(self._centre)
         for rows, weights in zip(self._features.split(_ROWS), times.split(_ROWS), strict=True):
-            centred = rows.to(self._device, torch.float64) - self._centre
-            weighted = centred * weights.to(self._device)[:, None]
-            mean += weighted.sum(0)
-            square += weighted.T @ centred
-        mean /= count
-        sigma = (square - count * torch.outer(mean, mean)) / (count - 1)
+            moments.add(rows, weights)
+        sigma = moments.covariance
         eigenvalues = torch.linalg.eigvalsh(self._root @ sigma @ self._root)
-        difference = mean + self._centre - self._mu
+        difference = moments.mean - self._mu
         traces = sigma.trace() + self._trace - 2 * eigenvalues.clamp_min(0).sqrt().sum()
         return float(difference.square().sum() + traces)

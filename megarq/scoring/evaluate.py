@@ -1,6 +1,6 @@
 """From pictures and a reference to the result: which networks are needed, one pass over each list, the scores."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,17 @@ from megarq.data.pictures import Pictures, decode_plain, open_pictures
 from megarq.errors import ConfigError, DataError
 from megarq.scoring import scores
 from megarq.scoring.bootstrap import NORMAL, FrechetReplicates, check_replicates, interval, resample
-from megarq.scoring.features import Features, extract, other_size
+from megarq.scoring.features import Features, Layer, extract, other_size
 from megarq.scoring.networks import LAYERS, Clip, FeatureNetwork, build_network
 from megarq.scoring.protocols import Protocol
 from megarq.scoring.scores import METRICS, ScoreSettings, too_few
-from megarq.scoring.statistics import SUFFIXES, Reference, Statistics, pick, read_statistics, to_statistics
+from megarq.scoring.statistics import SUFFIXES, Reference, Statistics, pick, read_statistics, statistics_of
 from megarq.scoring.weights import find_weights
 
 AGAINST_REFERENCE = ("fid", "kid", "prc", "fd-dinov2")
 """Metrics that compare pictures with a reference."""
+FRECHET = ("fid", "fd-dinov2")
+"""Metrics of which mean and covariance are enough."""
 PRC_NETWORKS = ("inception", "vgg16")
 """Whose features precision and recall may use."""
 
@@ -90,6 +92,24 @@ class Request:
                     layers.append(layer)
         return {network: sorted(layers) for network, layers in needed.items()}
 
+    def held(self) -> frozenset[Layer]:
+        """The layers whose features are held: all that is not of Frechet distances alone, and all for resamples."""
+        return frozenset(
+            (self.network_of(metric), self.protocol.logits if metric == "is" else LAYERS[self.network_of(metric)])
+            for metric in self.metrics
+            if metric != "clip" and (metric not in FRECHET or self.bootstrap or not self.protocol.double)
+        )
+
+    def summed(self) -> frozenset[Layer]:
+        """The layers whose moments are taken."""
+        networks = {self.network_of(metric) for metric in self.metrics if metric in FRECHET}
+        return moments_of(networks, self.protocol)
+
+
+def moments_of(networks: Collection[str], protocol: Protocol) -> frozenset[Layer]:
+    """The layers whose moments give a protocol's statistics: none where they come of features held in float32."""
+    return frozenset((network, LAYERS[network]) for network in networks if protocol.double)
+
 
 @dataclass
 class Scored:
@@ -134,6 +154,8 @@ def evaluate(request: Request) -> Scored:
     features = extract(
         *(pictures, networks, request.device),
         batch_size=request.batch_size,
+        hold=request.held(),
+        summed=request.summed(),
         clip=clip,
         workers=request.workers,
         progress="images",
@@ -181,6 +203,7 @@ def _check_statistics(
 def _see(request: Request, pictures: Pictures, networks: Sequence[FeatureNetwork], size: tuple[int, int]) -> Reference:
     """The reference's pictures, through the networks that compare."""
     names = {request.network_of(metric) for metric in request.metrics if metric in AGAINST_REFERENCE}
+    whole = {request.network_of(metric) for metric in request.metrics if metric in ("kid", "prc")}
     return make_reference(
         pictures,
         [network for network in networks if network.name in names],
@@ -190,6 +213,7 @@ def _see(request: Request, pictures: Pictures, networks: Sequence[FeatureNetwork
         transform=request.reference_transform,
         batch_size=request.batch_size,
         workers=request.workers,
+        keep=whole,
     )
 
 
@@ -203,11 +227,12 @@ def make_reference(
     transform: str | None = None,
     batch_size: int = 64,
     workers: int | None = None,
-    keep: bool = True,
+    keep: Collection[str] = (),
 ) -> Reference:
-    """Features and statistics of a reference's pictures.
+    """Statistics of a reference's pictures; its features pass by, where the protocol averages in float64.
 
-    keep: the features too. Raises: DataError for pictures that `extract` refuses, or fewer than two.
+    keep: networks whose features are kept too. Raises: DataError for pictures that `extract` refuses, or fewer than
+    two.
     """
     if transform and size and size[0] != size[1]:
         raise ConfigError(
@@ -216,10 +241,12 @@ def make_reference(
         )
     if len(pictures) < 2:
         raise DataError(f"the reference {pictures.source} has {len(pictures)} picture: give at least 2.")
+    names = [network.name for network in networks]
     features = extract(
         *(pictures, networks, device),
         batch_size=batch_size,
-        without=frozenset({protocol.logits}),
+        hold={(name, LAYERS[name]) for name in names if name in keep or not protocol.double},
+        summed=moments_of(names, protocol),
         size=size,
         transform=transform,
         workers=workers,
@@ -227,8 +254,9 @@ def make_reference(
     )
     reference = Reference("pictures", pictures.source, features.sha256, features.count, features.size, protocol.name)
     for network in networks:
-        seen = features.layers[network.name, LAYERS[network.name]]
-        reference.networks[network.name] = to_statistics(seen, protocol, network.weights.sha256, keep)
+        reference.networks[network.name] = statistics_of(
+            features, network.name, protocol, network.weights.sha256, network.name in keep
+        )
     return reference
 
 
@@ -269,17 +297,18 @@ class _Measure:
         return interval(value, drawn)
 
     def _frechet(self, metric: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
-        network, seen = self._seen(metric)
-        if len(seen) < 2:
-            raise DataError(f"{metric} of {len(seen)} picture: give at least 2, and rather {scores.FEW[metric]}.")
-        theirs = self._statistics(network)
-        value = scores.frechet(to_statistics(seen, self._request.protocol), theirs)
+        network, count = self._request.network_of(metric), self._features.count
+        if count < 2:
+            raise DataError(f"{metric} of {count} picture: give at least 2, and rather {scores.FEW[metric]}.")
+        ours, theirs = statistics_of(self._features, network, self._request.protocol), self._statistics(network)
+        value = scores.frechet(ours, theirs)
         spread = None
         if self._request.bootstrap:
+            _, seen = self._seen(metric)
             spread = self._replicates(metric, value, FrechetReplicates(seen, theirs, self._request.device))
         assert self._reference is not None, "checked with the request"
-        notes = too_few(metric, len(seen), seen.shape[1])
-        notes += too_few(metric, self._reference.count, seen.shape[1], "reference ")
+        notes = too_few(metric, count, len(ours.mu))
+        notes += too_few(metric, self._reference.count, len(ours.mu), "reference ")
         return {metric: {"value": value, "interval": spread, "network": network, "layer": LAYERS[network]}}, notes
 
     def _inception_score(self, metric: str) -> tuple[dict[str, dict[str, Any]], list[str]]:

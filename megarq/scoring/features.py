@@ -1,9 +1,10 @@
-"""Features of pictures: one pass over them through all networks that are needed, in bounded memory.
+"""Features of pictures: one pass over them through all networks that are needed.
 
-50,000 pictures give 400 MB of Inception's 2,048 features; the pictures themselves pass by.
+Pictures and features pass by: of most features only the moments are wanted. Those that are held take 400 MB for
+50,000 pictures and Inception's 2,048 features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +12,11 @@ from torch import Tensor
 
 from megarq.data.pictures import PictureBatch, Pictures, PixelStream
 from megarq.errors import DataError
+from megarq.scoring.moments import Moments
 from megarq.scoring.networks import Clip, FeatureNetwork
+
+Layer = tuple[str, str]
+"""(network, layer)."""
 
 
 @dataclass
@@ -24,8 +29,10 @@ class Features:
     """(width, height) of each."""
     sha256: str
     """Of the pictures' encoded bytes, in order."""
-    layers: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    """(network, layer) -> float32 [N, dim] on the CPU."""
+    layers: dict[Layer, Tensor] = field(default_factory=dict)
+    """float32 [N, dim] on the CPU, of the layers that are held."""
+    moments: dict[Layer, Moments] = field(default_factory=dict)
+    """Mean and covariance, of the layers that are summed."""
     cosines: Tensor | None = None
     """[N], CLIP's, of each picture with its prompt."""
 
@@ -37,7 +44,8 @@ def extract(
     device: torch.device,
     *,
     batch_size: int = 64,
-    without: frozenset[str] = frozenset(),
+    hold: Collection[Layer] = (),
+    summed: Collection[Layer] = (),
     clip: Clip | None = None,
     size: tuple[int, int] | None = None,
     transform: str | None = None,
@@ -47,7 +55,8 @@ def extract(
     """Pass the pictures through the networks.
 
     Args:
-        without: layers not to keep.
+        hold: layers whose features are held.
+        summed: layers whose moments are taken.
         size: what the pictures must have, or are brought to by `transform`; by default that of the first.
         transform: a name in TRANSFORMS, for pictures of other sizes.
         clip: measure each picture against its prompt too.
@@ -64,7 +73,8 @@ def extract(
         workers=workers,
         progress=progress,
     )
-    layers: dict[tuple[str, str], Tensor] = {}
+    layers: dict[Layer, Tensor] = {}
+    moments: dict[Layer, Moments] = {}
     cosines = []
     first = 0
     for batch in stream:
@@ -72,17 +82,21 @@ def extract(
             raise other_size(stream.size, size)
         pixels = batch.pixels.to(device)
         for network in networks:
-            for layer, values in zip(network.layers, network.module(pixels), strict=True):
-                if layer in without:
-                    continue
-                if first == 0:
-                    layers[network.name, layer] = torch.empty(len(pictures), values.shape[1])
-                layers[network.name, layer][first : first + len(values)] = values.cpu()
+            for name, values in zip(network.layers, network.module(pixels), strict=True):
+                layer = (network.name, name)
+                if layer in summed:
+                    if first == 0:
+                        moments[layer] = Moments.shifted_by(values)
+                    moments[layer].add(values)
+                if layer in hold:
+                    if first == 0:
+                        layers[layer] = torch.empty(len(pictures), values.shape[1])
+                    layers[layer][first : first + len(values)] = values.cpu()
         if clip:
             cosines.append(_cosines(clip, batch))
         first += len(pixels)
     assert stream.size is not None and first == len(pictures), "no list of pictures is empty"
-    return Features(first, stream.size, stream.sha256, layers, torch.cat(cosines) if clip else None)
+    return Features(first, stream.size, stream.sha256, layers, moments, torch.cat(cosines) if clip else None)
 
 
 def _cosines(clip: Clip, batch: PictureBatch) -> Tensor:

@@ -72,7 +72,7 @@ def build_network(
 
     Raises: CheckpointError for a file of something else, naming its keys.
     """
-    notes = [] if weights.published else [_unpublished(weights)]
+    notes = weights.notes
     if name in _OWN:
         return FeatureNetwork(name, tuple(layers), _build_own(layers, weights, device), weights, DIMENSIONS[name])
     if name == "dinov2":
@@ -90,14 +90,6 @@ def build_network(
     extractor = protocol.extractor if name == "inception" else "vgg16"
     module = _build_fidelity(extractor, layers, weights, device)
     return FeatureNetwork(name, tuple(layers), module, weights, DIMENSIONS[name], tuple(notes))
-
-
-def _unpublished(weights: Weights) -> str:
-    known = " or ".join(f"{prefix}.." for prefix in NETWORKS[weights.network].sha256)
-    return (
-        f"the weights of {weights.network} have sha256 {weights.sha256[:12]}.., not {known}: "
-        "scores cannot be held against published ones."
-    )
 
 
 def _build_own(layers: Sequence[str], weights: Weights, device: torch.device) -> Callable[[Tensor], tuple[Tensor, ...]]:
@@ -188,7 +180,9 @@ class Clip:
             side, is_train=False, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD
         )
         self._tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
-        self.notes = [] if self._is_b32(state) else [f"clip is {self.name}: CLIP scores are published for ViT-B/32."]
+        self.notes = weights.notes
+        if not self._is_b32(state):
+            self.notes.append(f"clip is {self.name}: CLIP scores are published for ViT-B/32.")
 
     @staticmethod
     def _is_b32(state: dict[str, Tensor]) -> bool:
@@ -220,7 +214,7 @@ class Classifier:
             model.load_state_dict(state, assign=True)
         except RuntimeError as error:
             raise misfit(weights, error) from error
-        self.weights = weights
+        self.weights, self.notes = weights, weights.notes
         self.classes = model.fc.out_features
         self._model = model.to(device).eval().requires_grad_(False)
         self._device = device

@@ -3,6 +3,7 @@
 A ranker is called with pictures and what each was asked to show, and gives one score for each; higher is better.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -14,6 +15,7 @@ from megarq.errors import ConfigError
 from megarq.scoring.networks import Classifier, Clip
 from megarq.scoring.weights import find_weights
 
+_log = logging.getLogger(__name__)
 BATCH = 64
 """Pictures in one pass of a network."""
 
@@ -40,6 +42,7 @@ class ClipRanker:
     def __init__(self, weights: Path | None, device: torch.device) -> None:
         """weights: a file; by default one in a cache. Raises: CheckpointError for none, or one of something else."""
         self._clip = Clip(find_weights("clip", weights), device)
+        _tell(self._clip.notes)
 
     @property
     def sha256(self) -> str:
@@ -65,6 +68,7 @@ class ClassRanker:
     def __init__(self, weights: Path | None, device: torch.device) -> None:
         """weights: a file; by default one in a cache. Raises: CheckpointError for none, or one of something else."""
         self._classifier = Classifier(find_weights("resnet101", weights), device)
+        _tell(self._classifier.notes)
 
     @property
     def sha256(self) -> str:
@@ -85,6 +89,11 @@ class ClassRanker:
             probabilities = self._classifier.probabilities(pictures[first : first + BATCH])
             scores += probabilities[range(len(labels)), labels].tolist()
         return scores
+
+
+def _tell(notes: Sequence[str]) -> None:
+    for note in notes:
+        _log.warning("ranker: %s", note)
 
 
 def _given(value: T | None, name: str) -> T:

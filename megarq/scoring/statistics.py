@@ -27,6 +27,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from megarq.errors import DataError
 from megarq.files import atomic_file
+from megarq.scoring.features import Features
 from megarq.scoring.networks import LAYERS
 from megarq.scoring.protocols import Protocol
 
@@ -78,6 +79,23 @@ def to_statistics(features: Tensor, protocol: Protocol, weights: str | None = No
     """Mean and covariance of features [N, dim], by torch-fidelity's function, in the protocol's precision."""
     given = fid_features_to_statistics(features.double() if protocol.double else features)
     return Statistics(given["mu"], given["sigma"], features if keep else None, weights)
+
+
+def statistics_of(
+    features: Features, network: str, protocol: Protocol, weights: str | None = None, keep: bool = False
+) -> Statistics:
+    """Mean and covariance of a network's layer, from its moments where these were taken, or else from its features.
+
+    keep: the features too.
+    """
+    layer = (network, LAYERS[network])
+    held = features.layers.get(layer)
+    if layer not in features.moments:
+        assert held is not None, "held where no moments are taken"
+        return to_statistics(held, protocol, weights, keep)
+    moments = features.moments[layer]
+    mu, sigma = (values.cpu().numpy() for values in (moments.mean, moments.covariance))
+    return Statistics(mu, sigma, held if keep else None, weights)
 
 
 def write_statistics(path: Path, reference: Reference, features: bool) -> None:

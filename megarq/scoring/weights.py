@@ -21,6 +21,9 @@ from torch import Tensor
 
 from megarq.errors import CheckpointError, ConfigError
 
+_DIGITS = 12
+"""Of a sha256, in a message."""
+
 
 @dataclass(frozen=True)
 class Network:
@@ -31,9 +34,14 @@ class Network:
     address: str
     """Where it was published."""
     sha256: tuple[str, ...] = ()
-    """What the sha256 of a published file begins with, as far as its name or its publisher says."""
+    """The sha256 of a published file, or what it begins with, as far as its name says."""
     hub: tuple[str, str] | None = None
-    """Repository and file of it on the Hugging Face hub."""
+    """Repository and file of it on the Hugging Face hub; one of another name than `files` has an unknown sha256."""
+
+    @property
+    def begins(self) -> str:
+        """The sha256 that a published file may have, in short."""
+        return " or ".join(f"{sha256[:_DIGITS]}.." for sha256 in self.sha256)
 
 
 NETWORKS = {
@@ -46,11 +54,13 @@ NETWORKS = {
     "clip": Network(
         ("open_clip_model.safetensors",),
         "huggingface.co/timm/vit_base_patch32_clip_224.openai (OpenAI's ViT-B/32 as open_clip has it)",
+        ("e6d1bd7789aa45192b3bf90570a789b478bae1b74ebcce7eddd908e83a2b7c31",),
         hub=("timm/vit_base_patch32_clip_224.openai", "open_clip_model.safetensors"),
     ),
     "dinov2": Network(
         ("dinov2_vitl14_pretrain.pth",),
         "dl.fbaipublicfiles.com/dinov2/dinov2_vitl14 (or huggingface.co/timm/vit_large_patch14_dinov2.lvd142m)",
+        ("d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",),
         hub=("timm/vit_large_patch14_dinov2.lvd142m", "model.safetensors"),
     ),
     "resnet101": Network(
@@ -79,8 +89,20 @@ class Weights:
     @property
     def published(self) -> bool:
         """The file may be the published one: its sha256 begins as that does, where that is known."""
-        known = NETWORKS[self.network].sha256
-        return not known or self.sha256.startswith(known)
+        known = NETWORKS[self.network]
+        hubs_own = known.hub and self.path.name == known.hub[1] and self.path.name not in known.files
+        return not known.sha256 or bool(hubs_own) or self.sha256.startswith(known.sha256)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a result should say of a file that is not the published one."""
+        if self.published:
+            return []
+        known = NETWORKS[self.network].begins
+        return [
+            f"the weights of {self.network} have sha256 {self.sha256[:_DIGITS]}.., not {known}: "
+            "scores cannot be held against published ones."
+        ]
 
     def read(self) -> dict[str, Tensor]:
         """The named tensors. Raises: CheckpointError for a file that holds none, or more than tensors."""
@@ -122,8 +144,8 @@ def find_weights(network: str, given: Mapping[str, Path] | Path | None = None) -
             weights = Weights(network, cache / name)
             if not weights.published:
                 raise CheckpointError(
-                    f"{weights.path} has sha256 {weights.sha256[:12]}.., not {' or '.join(known.sha256)}..: it is "
-                    "damaged. Copy it there again."
+                    f"{weights.path} has sha256 {weights.sha256[:_DIGITS]}.., not {known.begins}: it is damaged. "
+                    "Copy it there again."
                 )
             return weights
     if known.hub and isinstance(found := try_to_load_from_cache(*known.hub), str):
@@ -134,7 +156,7 @@ def find_weights(network: str, given: Mapping[str, Path] | Path | None = None) -
 def _how(network: str) -> str:
     known = NETWORKS[network]
     option = {"inception": "--feature-weights FILE"}.get(network, f"--feature-weights {network}=FILE")
-    begins = f", sha256 {known.sha256[0]}.." if known.sha256 else ""
+    begins = f", sha256 {known.begins}" if known.sha256 else ""
     return f"{option}: {known.files[0]}{begins}, from {known.address}"
 
 

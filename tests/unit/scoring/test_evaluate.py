@@ -68,7 +68,7 @@ def test_fid_from_pictures_is_the_distance_of_their_features(quick, many, others
 def test_statistics_give_what_their_pictures_give(quick, many, others, tmp_path):
     metrics = ("fid", "kid", "prc")
     reference = make_reference(
-        module.open_pictures(others), [stand_in("inception", ("2048",))], PAPER, CPU, batch_size=64
+        module.open_pictures(others), [stand_in("inception", ("2048",))], PAPER, CPU, keep=["inception"]
     )
     write_statistics(tmp_path / "others.npz", reference, features=True)
     one, two = evaluate(ask(many, others, *metrics)), evaluate(ask(many, tmp_path / "others.npz", *metrics))

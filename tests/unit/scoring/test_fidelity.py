@@ -72,8 +72,13 @@ def test_rq_paper_is_the_distance_of_its_features_in_float64(ours, generated, re
 
     The roots of some 2,000 eigenvalues that should be zero leave more than float64's rounding: hence the tolerance.
     """
-    asked = Request(str(generated), str(real), PROTOCOLS["rq-paper"], ("fid",), CPU, {"inception": inception_file})
-    found = evaluate(asked)
+    found = evaluate(
+        Request(
+            *(str(generated), str(real), PROTOCOLS["rq-paper"], ("fid", "kid"), CPU),
+            {"inception": inception_file},
+            SETTINGS,
+        )
+    )
     seen = [found.features.layers["inception", "2048"], found.reference.networks["inception"].features]
     means = [features.double().numpy().mean(0) for features in seen]
     centred = [features.double().numpy() - mean for features, mean in zip(seen, means, strict=True)]

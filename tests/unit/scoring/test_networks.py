@@ -70,9 +70,9 @@ def test_clip_scores_are_cosines_under_quick_gelu(clip_file, pictures, pixels):
 
 
 def test_a_clip_that_is_not_vit_b_32_is_told(clip_file):
-    assert Clip(Weights("clip", clip_file), CPU).notes == [
-        "clip is CLIP ViT of width 64, patch 8: CLIP scores are published for ViT-B/32."
-    ]
+    unpublished, small = Clip(Weights("clip", clip_file), CPU).notes
+    assert "the weights of clip have sha256" in unpublished and "not e6d1bd7789aa.." in unpublished
+    assert small == "clip is CLIP ViT of width 64, patch 8: CLIP scores are published for ViT-B/32."
 
 
 def test_a_file_that_is_no_clip_is_refused(files):
@@ -88,12 +88,13 @@ def test_a_file_that_is_no_clip_is_refused(files):
         Clip(Weights("clip", files / "lacking.pth"), CPU)
 
 
-def test_the_clip_ranker_prefers_the_higher_cosine(clip_file, pictures):
+def test_the_clip_ranker_prefers_the_higher_cosine(clip_file, pictures, caplog):
     clip, rank = Clip(Weights("clip", clip_file), CPU), ClipRanker(clip_file, CPU)
     items = [SimpleNamespace(prompt=prompt, label=None) for prompt in PROMPTS]
     expected = clip.cosines(torch.stack([clip.view(picture) for picture in pictures]), PROMPTS)
     assert rank(pictures, items) == pytest.approx(expected.tolist(), abs=1e-6)
     assert rank.network == "clip" and rank.sha256 == clip.weights.sha256
+    assert [record.getMessage() for record in caplog.records] == [f"ranker: {note}" for note in clip.notes]
     with pytest.raises(ConfigError, match="a picture without a prompt cannot be ranked by it"):
         rank(pictures, [SimpleNamespace(prompt=None, label=1)] * 2)
 
@@ -120,9 +121,9 @@ def test_dinov2_gives_the_normed_class_token(dinov2_file, pixels):
     with torch.no_grad():
         tokens = network.forward_features(prepare_dinov2("clean", pixels))
     assert found.shape == (2, 384) and torch.allclose(found, tokens[:, 0], atol=1e-5)
-    assert built.dim == 384 and built.notes == (
-        "dinov2 is of width 384: FD-DINOv2 is published for ViT-L/14, of width 1024.",
-    )
+    unpublished, small = built.notes
+    assert built.dim == 384 and "not d5383ea8f487..: scores cannot be held against published ones." in unpublished
+    assert small == "dinov2 is of width 384: FD-DINOv2 is published for ViT-L/14, of width 1024."
 
 
 def test_positions_are_resized_on_metas_grid():
@@ -158,7 +159,7 @@ def test_a_file_that_is_no_dinov2_is_refused(files, dinov2_file):
         build_network("dinov2", PROTOCOLS["clean"], ["cls"], Weights("dinov2", files / "lacking.pth"), CPU)
 
 
-def test_the_class_ranker_gives_the_probability_of_the_class(files, pictures):
+def test_the_class_ranker_gives_the_probability_of_the_class(files, pictures, caplog):
     torch.manual_seed(0)
     network = torchvision.models.resnet101(num_classes=5).eval()
     torch.save(network.state_dict(), files / "resnet101.pth")
@@ -169,6 +170,7 @@ def test_the_class_ranker_gives_the_probability_of_the_class(files, pictures):
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():
         expected = network((centre - mean) / std).softmax(1)
+    assert "not 63fe2227.. or cd907fc2.." in caplog.text
     assert found == pytest.approx([float(expected[0, 3]), float(expected[1, 0])], abs=1e-5)
     with pytest.raises(ConfigError, match="class=5: the ranker knows classes 0 to 4"):
         rank(large, [SimpleNamespace(prompt=None, label=5)] * 2)

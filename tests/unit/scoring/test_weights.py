@@ -68,7 +68,7 @@ def test_a_missing_file_is_asked_for_by_its_published_name(cache, network):
         find_weights(network)
     message = str(caught.value)
     assert known.files[0] in message and known.address in message and str(cache) in message
-    assert all(f"sha256 {prefix}.." in message for prefix in known.sha256[:1])
+    assert all(f"sha256 {known[:12]}.." in message.replace(" or ", ", sha256 ") for known in known.sha256)
 
 
 def test_torchs_cache_is_searched_and_its_files_are_checked(cache, monkeypatch):
@@ -132,6 +132,26 @@ def test_a_file_of_another_network_is_refused_with_its_keys(tmp_path):
     assert re.search(r'" and \d+ more; Unexpected key\(s\) in state_dict: "weight", "bias"\)', message)
     assert "Give --feature-weights FILE: weights-inception-2015-12-05-6726825d.pth, sha256 6726825d.." in message
     assert len(message) < 700
+
+
+def test_every_network_has_a_checksum():
+    assert all(re.fullmatch("[0-9a-f]{8,64}", sha256) for known in NETWORKS.values() for sha256 in known.sha256)
+    assert all(known.sha256 for known in NETWORKS.values())
+
+
+@pytest.mark.parametrize(
+    ("network", "name", "said"),
+    [
+        ("clip", "open_clip_model.safetensors", ["not e6d1bd7789aa..: scores cannot be held against published ones."]),
+        ("dinov2", "dinov2_vitl14_pretrain.pth", ["not d5383ea8f487..: scores cannot be held against"]),
+        ("resnet101", "mine.pth", ["not 63fe2227.. or cd907fc2..: scores cannot"]),
+        ("dinov2", "model.safetensors", []),  # timm's, of which no checksum is known
+    ],
+)
+def test_a_file_of_another_checksum_has_a_note(tmp_path, network, name, said):
+    (tmp_path / name).write_bytes(b"another")
+    notes = Weights(network, tmp_path / name).notes
+    assert len(notes) == len(said) and all(part in note for part, note in zip(said, notes, strict=True))
 
 
 def test_weights_that_are_not_the_published_ones_are_told(inception_file):
