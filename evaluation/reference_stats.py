@@ -12,6 +12,7 @@ from megarq import cli
 from megarq.data.pictures import open_pictures
 from megarq.data.transforms import TRANSFORMS
 from megarq.errors import ConfigError
+from megarq.files import make_room
 from megarq.inference.pretrained import find_device
 from megarq.scoring.evaluate import make_reference
 from megarq.scoring.networks import LAYERS, build_network
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parse_weights(args.feature_weights),
     )
     pictures = open_pictures(args.pictures)
+    make_room(args.output)
     reference = make_reference(
         pictures,
         [build_network(name, protocol, [LAYERS[name]], find_weights(name, given), device) for name in names],

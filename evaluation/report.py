@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megarq import cli
-from megarq.files import write_atomically
+from megarq.files import make_room, write_atomically
 from megarq.scoring.report import FEWEST_SAMPLES, SAMPLES, SAMPLES_OF_ALL, ReportRequest, make_report
 
 EXAMPLE = """examples:
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = parse(argv)
     logging.basicConfig(format="%(message)s")
+    make_room(args.output)
     page = make_report(
         ReportRequest(args.results, args.images, args.reference, args.samples, args.first, args.title)
     ).encode()

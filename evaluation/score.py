@@ -10,6 +10,7 @@ import torch
 
 from megarq import cli
 from megarq.data.transforms import TRANSFORMS
+from megarq.files import make_room
 from megarq.inference.pretrained import find_device
 from megarq.scoring.evaluate import PRC_NETWORKS, Request, evaluate
 from megarq.scoring.protocols import PROTOCOLS, find_protocol
@@ -103,6 +104,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         reference_transform=args.reference_transform,
         workers=args.workers,
     )
+    request.check()
+    if args.json:
+        make_room(args.json)
     result = to_result(evaluate(request))
     print(to_table(result))
     if args.json:

@@ -34,6 +34,16 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         raise
 
 
+def make_room(path: str | Path) -> None:
+    """Make the folder of a file that long work will end in; the OSError says where it could not be written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
+
+
 def write_atomically(path: str | Path, content: bytes | str) -> None:
     """Write a whole small file in one step; text is UTF-8."""
     with atomic_file(path) as file:

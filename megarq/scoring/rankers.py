@@ -13,11 +13,12 @@ from PIL import Image
 
 from megarq.errors import ConfigError
 from megarq.scoring.networks import Classifier, Clip
-from megarq.scoring.weights import find_weights
+from megarq.scoring.weights import RANKER_WEIGHTS, find_weights
 
 _log = logging.getLogger(__name__)
 BATCH = 64
 """Pictures in one pass of a network."""
+_WITHOUT = "leave ranking (--keep-fraction, --keep-best) out"
 
 T = TypeVar("T")
 
@@ -41,7 +42,7 @@ class ClipRanker:
 
     def __init__(self, weights: Path | None, device: torch.device) -> None:
         """weights: a file; by default one in a cache. Raises: CheckpointError for none, or one of something else."""
-        self._clip = Clip(find_weights("clip", weights), device)
+        self._clip = Clip(find_weights("clip", weights, RANKER_WEIGHTS), device)
         _tell(self._clip.notes)
 
     @property
@@ -67,7 +68,7 @@ class ClassRanker:
 
     def __init__(self, weights: Path | None, device: torch.device) -> None:
         """weights: a file; by default one in a cache. Raises: CheckpointError for none, or one of something else."""
-        self._classifier = Classifier(find_weights("resnet101", weights), device)
+        self._classifier = Classifier(find_weights("resnet101", weights, RANKER_WEIGHTS), device)
         _tell(self._classifier.notes)
 
     @property
@@ -83,8 +84,8 @@ class ClassRanker:
             unknown = [label for label in labels if not 0 <= label < self._classifier.classes]
             if unknown:
                 raise ConfigError(
-                    f"class={unknown[0]}: the ranker knows classes 0 to {self._classifier.classes - 1}. Use weights of "
-                    "a network with the model's classes, or leave --keep-fraction at 1."
+                    f"class={unknown[0]}: the ranker knows classes 0 to {self._classifier.classes - 1}. Use "
+                    f"{RANKER_WEIGHTS} of a network with the model's classes, or {_WITHOUT}."
                 )
             probabilities = self._classifier.probabilities(pictures[first : first + BATCH])
             scores += probabilities[range(len(labels)), labels].tolist()
@@ -98,5 +99,5 @@ def _tell(notes: Sequence[str]) -> None:
 
 def _given(value: T | None, name: str) -> T:
     if value is None:
-        raise ConfigError(f"a picture without a {name} cannot be ranked by it: leave --keep-fraction at 1.")
+        raise ConfigError(f"a picture without a {name} cannot be ranked by it: {_WITHOUT}.")
     return value

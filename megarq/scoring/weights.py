@@ -21,6 +21,8 @@ from torch import Tensor
 
 from megarq.errors import CheckpointError, ConfigError
 
+FEATURE_WEIGHTS, RANKER_WEIGHTS = "--feature-weights", "--ranker-weights"
+"""Options that give files: NETWORK=FILE to be scored with, and the one FILE of a ranker."""
 _DIGITS = 12
 """Of a sha256, in a message."""
 
@@ -79,6 +81,8 @@ class Weights:
     """A name in NETWORKS."""
     path: Path
     """Where it is."""
+    option: str = FEATURE_WEIGHTS
+    """Of the command that it is given by."""
 
     @cached_property
     def sha256(self) -> str:
@@ -127,8 +131,10 @@ def parse_weights(options: Sequence[str]) -> dict[str, Path]:
     return given
 
 
-def find_weights(network: str, given: Mapping[str, Path] | Path | None = None) -> Weights:
-    """The file given for a network, or the one in a cache.
+def find_weights(
+    network: str, given: Mapping[str, Path] | Path | None = None, option: str = FEATURE_WEIGHTS
+) -> Weights:
+    """The file given for a network, by an option, or the one in a cache.
 
     Raises: CheckpointError where there is none, naming the published file; for a damaged one in torch's cache.
     """
@@ -136,12 +142,12 @@ def find_weights(network: str, given: Mapping[str, Path] | Path | None = None) -
     path = given.get(network) if isinstance(given, Mapping) else given
     if path is not None:
         if not path.is_file():
-            raise CheckpointError(f"{path}, weights of {network}: no such file. Give {_how(network)}.")
-        return Weights(network, path)
+            raise CheckpointError(f"{path}, weights of {network}: no such file. Give {_how(network, option)}.")
+        return Weights(network, path, option)
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     for name in known.files:
         if (cache / name).is_file():
-            weights = Weights(network, cache / name)
+            weights = Weights(network, cache / name, option)
             if not weights.published:
                 raise CheckpointError(
                     f"{weights.path} has sha256 {weights.sha256[:_DIGITS]}.., not {known.begins}: it is damaged. "
@@ -149,15 +155,15 @@ def find_weights(network: str, given: Mapping[str, Path] | Path | None = None) -
                 )
             return weights
     if known.hub and isinstance(found := try_to_load_from_cache(*known.hub), str):
-        return Weights(network, Path(found))
-    raise CheckpointError(f"no weights of {network} in {cache}. Give {_how(network)}.")
+        return Weights(network, Path(found), option)
+    raise CheckpointError(f"no weights of {network} in {cache}. Give {_how(network, option)}.")
 
 
-def _how(network: str) -> str:
+def _how(network: str, option: str) -> str:
     known = NETWORKS[network]
-    option = {"inception": "--feature-weights FILE"}.get(network, f"--feature-weights {network}=FILE")
+    of = f"{network}=" if option == FEATURE_WEIGHTS and network != "inception" else ""
     begins = f", sha256 {known.begins}" if known.sha256 else ""
-    return f"{option}: {known.files[0]}{begins}, from {known.address}"
+    return f"{option} {of}FILE: {known.files[0]}{begins}, from {known.address}"
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -207,5 +213,5 @@ def misfit(weights: Weights, error: Exception) -> CheckpointError:
     more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
     return CheckpointError(
         f"{weights.path} is no file of {weights.network} ({'; '.join(problems[:4]) or error}{more}). "
-        f"Give {_how(weights.network)}."
+        f"Give {_how(weights.network, weights.option)}."
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_models import build_models, export_models
 
@@ -35,14 +36,14 @@ class Brightness:
         return [float(np.asarray(picture).mean()) for picture in pictures]
 
 
-def load(name: str) -> ModuleType:
+def load(name: str, ranker: type | None = Brightness) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / "evaluation" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for ranker in ("clip_ranker", "class_ranker"):
-        if hasattr(module, ranker):
-            setattr(module, ranker, Brightness)
+    for made in ("clip_ranker", "class_ranker"):
+        if ranker and hasattr(module, made):
+            setattr(module, made, ranker)
     return module
 
 
@@ -124,6 +125,21 @@ def test_the_best_of_several_are_kept(
     assert len(found) == 5 and all(record["score"] > 0 and "candidate" in record for record in found)
     settings, _ = PictureSettings.load(tmp_path / "set")
     assert settings.keep_fraction == 0.5 and settings.ranker == {"network": "brightness", "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "network"), [("coco", "text", "clip"), ("class_conditional", "class", "resnet101")]
+)
+def test_a_rankers_missing_or_other_weights_are_asked_for_by_the_commands_own_option(
+    models: dict[str, Path], captions: Path, tmp_path: Path, script: str, kind: str, network: str
+) -> None:
+    source = ["--items", str(captions)] if script == "coco" else []
+    common = ["--model", str(models[kind]), "--output", str(tmp_path / "set"), *source, "--keep-fraction", "0.5"]
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    for name, said in (("none.pth", "no such file"), ("other.pth", f"no file of {network}")):
+        with pytest.raises(CheckpointError, match=rf"{name}.* {said}.*Give --ranker-weights FILE: ") as caught:
+            load(script, ranker=None).main([*common, "--ranker-weights", str(tmp_path / name)])
+        assert "--feature-weights" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

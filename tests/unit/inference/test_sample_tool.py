@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from megarq import cli
-from megarq.errors import ConfigError
+from megarq.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +145,16 @@ def test_the_best_of_several_are_shown_best_first(tool, folder, class_folder, br
 def test_what_cannot_be_ranked_is_refused(tool, folder, tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
         tool.main([folder, *options, "--output", str(tmp_path / "g.png")])
+
+
+@pytest.mark.parametrize(("asked", "network"), [(["--prompt", "two"], "clip"), (["--class", "3"], "resnet101")])
+def test_a_rankers_missing_or_other_weights_are_asked_for_by_the_tools_own_option(
+    tool, folder, class_folder, tmp_path, asked, network
+):
+    model = folder if network == "clip" else class_folder
+    common = [model, *asked, "--count", "2", "--keep-best", "1", "--output", str(tmp_path / "g.png")]
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    for name, said in (("none.pth", "no such file"), ("other.pth", f"no file of {network}")):
+        with pytest.raises(CheckpointError, match=rf"{name}.* {said}.*Give --ranker-weights FILE: ") as caught:
+            tool.main([*common, "--ranker-weights", str(tmp_path / name)])
+        assert "--feature-weights" not in str(caught.value)

@@ -15,6 +15,7 @@ from captioned_tars import picture, write_tar
 from PIL import Image
 from scored_pictures import stand_in, write_pictures
 
+from megarq import cli
 from megarq.data.picture_set import PictureSettings
 from megarq.errors import ConfigError, DataError
 from megarq.scoring import evaluate as module
@@ -315,3 +316,34 @@ def test_commands_make_statistics_and_score_against_them(quick, many, others, tm
 def test_commands_refuse_what_they_cannot_do(script, arguments, message, many):
     with pytest.raises(ConfigError, match=message):
         command(script)([str(many), "--protocol", "clean", "--device", "cpu", *arguments])
+
+
+COMMANDS = {
+    "score.py": ["{many}", "--protocol", "clean", "--metrics", "is", "--is-splits", "2", "--device", "cpu", "--json"],
+    "reference_stats.py": ["{many}", "--protocol", "clean", "--resolution", "8", "--device", "cpu", "--output"],
+    "report.py": ["{result}", "--samples", "0", "--output"],
+}
+
+
+def unused(*_: Any, **__: Any) -> None:
+    raise AssertionError("the work began")
+
+
+@pytest.mark.parametrize("script", list(COMMANDS))
+def test_commands_write_into_new_folders_and_say_at_once_where_they_cannot(
+    quick, many, tmp_path, monkeypatch, capsys, script
+):
+    monkeypatch.setattr("megarq.scoring.weights.find_weights", lambda name, given: None)
+    monkeypatch.setattr(
+        "megarq.scoring.networks.build_network", lambda name, p, layers, *_: stand_in(name, tuple(layers))
+    )
+    write_result(tmp_path / "one.json", to_result(evaluate(ask(many, None, "is"))))
+    options = [option.format(many=many, result=tmp_path / "one.json") for option in COMMANDS[script]]
+    made = tmp_path / "new" / "deep" / "out.npz"
+    command(script)([*options, str(made)])
+    assert made.stat().st_size > 0
+    for work in ("evaluate.evaluate", "evaluate.make_reference", "report.make_report"):
+        monkeypatch.setattr(f"megarq.scoring.{work}", unused)
+    blocked = tmp_path / "one.json" / "out.npz"
+    assert cli.run(lambda: command(script)([*options, str(blocked)])) == 2
+    assert f"error: {tmp_path / 'one.json'}: " in capsys.readouterr().err
