@@ -59,5 +59,11 @@ def first_weights(session: Session, init: InitFrom | None) -> tuple[FirstWeights
         return read_first_weights(init.path, init.weights)
 
     first = alike(read)
-    beside = "with its discriminator" if first.discriminator else "without a discriminator"
-    return first, [f"first weights: {first.origin}, {beside}"]
+    return first, [f"first weights: {first.origin}, {_told_discriminator(config, bool(first.discriminator))}"]
+
+
+def _told_discriminator(config: RQVAERunConfig, given: bool) -> str:
+    if not given:
+        anew = "; this run's starts anew: loss.discriminator_start and loss.discriminator_warmup give it time"
+        return "without a discriminator" + (anew if config.loss.adversarial_weight else "")
+    return "with its discriminator" if config.loss.adversarial_weight else "its discriminator is left out"

@@ -96,7 +96,8 @@ def train_rqvae(
         max_bad_rate=config.data.max_bad_rate,
     )
     bad_rate = config.data.max_bad_rate
-    batches = loader(open_images(data, bad_rate), config.data.transform, start=session.start)
+    source = open_images(data, bad_rate)
+    batches = loader(source, config.data.transform, start=session.start)
     held_out = loader(open_images(validation, bad_rate), "center") if validation else None
     torch.manual_seed(config.train.seed)
     module = RQVAE(config.model, session.groups.data, config.train.seed)
@@ -111,6 +112,7 @@ def train_rqvae(
         RQVAETask,
         config=config,
         validation=held_out,
+        shown=held_out or loader(source, "center"),
         groups=session.groups,
         device=session.device,
         perceptual=LPIPS(find_vgg(perceptual_weights)) if config.loss.perceptual_weight else None,
@@ -138,13 +140,17 @@ class RQVAETask:
         *,
         config: RQVAERunConfig,
         validation: ImageLoader | None,
+        shown: ImageLoader,
         groups: ProcessGroups,
         device: torch.device,
         perceptual: LPIPS | None = None,
         adversary: Adversary | None = None,
         history: Iterable[Mapping[str, Any]] = (),
     ) -> None:
-        """`history` are the metrics of the steps before, where a run goes on; only rank 0's alarms are heard."""
+        """The first pictures of `shown` are drawn while it trains, every time the same.
+
+        `history` are the metrics of the steps before, where a run goes on; only rank 0's alarms are heard.
+        """
         self._engine, self._config, self._validation = engine, config, validation
         self._groups, self._device = groups, device
         loss = config.loss
@@ -153,7 +159,7 @@ class RQVAETask:
         )
         self._adversary = adversary
         self._health = Health(config, device, groups.data, history)
-        self._shown: Tensor | None = None
+        self._shown: ImageLoader | Tensor = shown
         self.passes: Passes = PlainPasses(engine, self.losses)
         if adversary is not None:
             self.passes = AdversarialPasses(engine, self.losses, adversary)
@@ -198,12 +204,10 @@ class RQVAETask:
         """How the codes were used, and warnings."""
         return self._health.observe(step, values)
 
-    def pictures(self) -> tuple[Tensor, str] | None:
-        """Held-out pictures, their reconstructions, and those from the codes of the first depth, the first two, ..."""
-        if self._validation is None:
-            return None
-        if self._shown is None:
-            self._shown = self._first_pictures(self._validation)
+    def pictures(self) -> tuple[Tensor, str]:
+        """Originals, their reconstructions, and those from the codes of the first depth, the first two, ..."""
+        if isinstance(self._shown, ImageLoader):
+            self._shown = self._first_pictures(self._shown)
         model = self._engine.module
         codes = model.quantize(model.encode(self._shown))
         rows = [("original", self._shown), ("reconstruction", model.decode(codes))]
@@ -213,10 +217,10 @@ class RQVAETask:
         ]
         return labelled_rows(rows), "originals, reconstructions, and reconstructions from the first depths alone"
 
-    def _first_pictures(self, validation: ImageLoader) -> Tensor:
-        """The first held-out pictures [n, 3, R, R]; rank 0, which shows them, has the same for any number of ranks."""
+    def _first_pictures(self, loader: ImageLoader) -> Tensor:
+        """The first pictures [n, 3, R, R]; rank 0, which shows them, has the same for any number of ranks."""
         count = self._config.log.sample_count
-        images = next(iter(validation)).images.to(self._device)
+        images = next(iter(loader)).images.to(self._device)
         if len(images) < count:
             parts = [torch.empty_like(images) for _ in range(self._groups.topology.dp)]
             dist.all_gather(parts, images, group=self._groups.data)

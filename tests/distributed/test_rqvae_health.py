@@ -69,6 +69,10 @@ def train(run: Path, data: Path, config: RQVAERunConfig, init: InitFrom | None =
     return said.getvalue()
 
 
+def train_without_validation(run: Path, data: Path, config: RQVAERunConfig) -> None:
+    train_rqvae(session_of(run, config), [str(data)], [], 1.0)
+
+
 def started(run: Path, data: Path, config: RQVAERunConfig) -> tuple[dict[str, torch.Tensor], bool]:
     """The codebooks after their start, and whether the loader's first batch is still its first."""
     session = session_of(run, config)
@@ -182,6 +186,13 @@ def test_the_pictures_are_originals_reconstructions_and_those_of_fewer_depths(gr
     row = [shown[2:][:SIDE, left + place * (SIDE + 2) :][:, :SIDE] for place in range(SHOWN)]
     assert np.array_equal(np.stack(row), expected.permute(0, 2, 3, 1).int().numpy())
     assert len({shown[2 + index * (SIDE + 2) :][:SIDE, left:].tobytes() for index in range(rows)}) == rows
+
+
+def test_without_held_out_pictures_those_of_training_are_shown(rank_group, run, pictures):
+    with contextlib.redirect_stdout(io.StringIO()):
+        rank_group(1).run(train_without_validation, run, pictures, config_of())
+    with Image.open(run / "pictures" / f"step-{STEPS:08d}.png") as image:
+        assert image.height == (1 + 3) * (SIDE + 2) + 2 and len(np.unique(np.asarray(image))) > 50
 
 
 def test_a_run_that_goes_on_is_judged_by_its_metrics_of_before(rank_group, run, pictures):
