@@ -10,11 +10,10 @@ import torch
 
 from megarq import cli
 from megarq.data.pictures import open_pictures
-from megarq.data.transforms import TRANSFORMS
 from megarq.errors import ConfigError
 from megarq.files import make_room
 from megarq.inference.pretrained import find_device
-from megarq.scoring.evaluate import make_reference
+from megarq.scoring.evaluate import REFERENCE_TRANSFORMS, make_reference
 from megarq.scoring.networks import LAYERS, build_network
 from megarq.scoring.protocols import PROTOCOLS, find_protocol
 from megarq.scoring.result import DIGITS
@@ -22,7 +21,7 @@ from megarq.scoring.statistics import write_statistics
 from megarq.scoring.weights import find_weights, parse_weights
 
 EXAMPLE = """examples:
-  python evaluation/reference_stats.py coco/val2014 --protocol rq-paper --transform center --resolution 256 \\
+  python evaluation/reference_stats.py coco/val2014 --protocol rq-paper --transform squeeze --resolution 256 \\
       --output coco-val.npz
   python evaluation/reference_stats.py 'imagenet/{0000..1280}.tar' --protocol rq-paper --transform center \\
       --resolution 256 --output imagenet-train.npz
@@ -36,16 +35,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("pictures", help="a folder of pictures, or tars: paths, globs, {0000..0099}")
-    parser.add_argument("--protocol", required=True, choices=list(PROTOCOLS), help="the one that scores will use")
+    parser.add_argument(
+        "--protocol",
+        required=True,
+        metavar="NAME",
+        help=f"the one that scores will use: {', '.join(PROTOCOLS)}, or a file.py that defines PROTOCOL",
+    )
     parser.add_argument("--output", type=Path, required=True, help="file to write, .npz")
     parser.add_argument(
         "--transform",
         default="center",
-        choices=["none", *(name for name in TRANSFORMS if name == "center")],
-        help="short side to --resolution, then the centre (default), or none: pictures of one size as they are",
+        choices=list(REFERENCE_TRANSFORMS),
+        help="center: short side to --resolution, then the centre (default); squeeze: both sides, whatever the shape; "
+        "none: pictures of one size as they are",
     )
     parser.add_argument("--resolution", type=int, default=256, help="of the pictures that will be scored (default 256)")
-    parser.add_argument("--networks", default="inception", help=f"some of {','.join(LAYERS)} (default inception)")
+    parser.add_argument(
+        "--networks", help=f"some of {','.join(LAYERS)} (default: the protocol's, which is inception in all named ones)"
+    )
     parser.add_argument("--features", action="store_true", help="keep the features too, for KID, precision and recall")
     parser.add_argument(
         "--feature-weights",
@@ -71,15 +78,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, given in (("resolution", args.resolution), ("batch-size", args.batch_size)):
         if given < 1:
             raise ConfigError(f"--{name} {given}: use 1 or more.")
-    names = [name.strip() for name in args.networks.split(",") if name.strip()]
+    protocol = find_protocol(args.protocol)  # a file may bring a network of its own
+    networks = protocol.network if args.networks is None else args.networks
+    names = [name.strip() for name in networks.split(",") if name.strip()]
     unknown = [name for name in names if name not in LAYERS]
     if unknown or not names:
         raise ConfigError(f"--networks {args.networks}: use some of {', '.join(LAYERS)}.")
-    protocol, device, given = (
-        find_protocol(args.protocol),
-        find_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")),
-        parse_weights(args.feature_weights),
-    )
+    device = find_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    given = parse_weights(args.feature_weights)
     pictures = open_pictures(args.pictures)
     make_room(args.output)
     reference = make_reference(
@@ -88,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         protocol,
         device,
         size=None if args.transform == "none" else (args.resolution, args.resolution),
-        transform=None if args.transform == "none" else args.transform,
+        transform=args.transform,
         batch_size=args.batch_size,
         workers=args.workers,
         keep=names if args.features else (),

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 
 from megarq import cli
-from megarq.data.transforms import TRANSFORMS
 from megarq.files import make_room
 from megarq.inference.pretrained import find_device
-from megarq.scoring.evaluate import PRC_NETWORKS, Request, evaluate
+from megarq.scoring.evaluate import PRC_NETWORKS, REFERENCE_TRANSFORMS, Request, evaluate
 from megarq.scoring.protocols import PROTOCOLS, find_protocol
 from megarq.scoring.result import to_result, to_table, write_result
 from megarq.scoring.scores import METRICS, ScoreSettings
@@ -61,7 +60,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="95%% intervals from N resamples of the images (default none)",
     )
     parser.add_argument(
-        "--reference-transform", choices=list(TRANSFORMS), help="bring reference pictures to the images' size"
+        "--reference-transform",
+        default="none",
+        choices=list(REFERENCE_TRANSFORMS),
+        help="bring reference pictures to the images' size: short side, then centre, or both sides whatever the shape "
+        "(default none: they have it)",
     )
     parser.add_argument("--batch-size", type=int, default=64, help="pictures in one pass (default 64)")
     parser.add_argument("--device", help="cuda, cuda:1, cpu ...; by default a GPU if there is one")

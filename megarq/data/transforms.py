@@ -120,6 +120,11 @@ def _center(image: Image.Image, size: int, source: random.Random) -> Image.Image
     return _centre_crop(_resize_short_side(image, size), size)
 
 
+def _squeeze(image: Image.Image, size: int, source: random.Random) -> Image.Image:
+    """Both sides become R, whatever the picture's shape: what the authors compare text-to-image models with."""
+    return image.resize((size, size), _RESIZE)
+
+
 def _imagenet(image: Image.Image, size: int, source: random.Random) -> Image.Image:
     """The short side becomes R, then any R x R, mirrored half of the time."""
     return _random_flip(_random_crop(_resize_short_side(image, size), size, source), source)
@@ -150,6 +155,7 @@ def _t2i(image: Image.Image, size: int, source: random.Random) -> Image.Image:
 
 TRANSFORMS: dict[str, Transform] = {
     "center": _center,
+    "squeeze": _squeeze,
     "none": _none,
     "imagenet": _imagenet,
     "ffhq": _ffhq,

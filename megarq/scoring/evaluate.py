@@ -23,6 +23,8 @@ AGAINST_REFERENCE = ("fid", "kid", "prc", "fd-dinov2")
 """Metrics that compare pictures with a reference."""
 FRECHET = ("fid", "fd-dinov2")
 """Metrics of which mean and covariance are enough."""
+REFERENCE_TRANSFORMS = ("none", "center", "squeeze")
+"""What may be done to a reference's pictures; none: they have the size that is asked for."""
 PRC_NETWORKS = ("inception", "vgg16")
 """Whose features precision and recall may use."""
 
@@ -51,8 +53,8 @@ class Request:
     """Resamples for intervals; 0 for none."""
     batch_size: int = 64
     """Pictures in one pass of the networks."""
-    reference_transform: str | None = None
-    """Brings the reference's pictures to the size of those scored; by default they must have it."""
+    reference_transform: str = "none"
+    """A name in REFERENCE_TRANSFORMS: brings the reference's pictures to the size of those scored."""
     workers: int | None = None
     """Threads that decode pictures; by default one for each core, 16 at most."""
 
@@ -72,6 +74,9 @@ class Request:
             )
         if self.prc_network not in (None, *PRC_NETWORKS):
             raise ConfigError(f"--prc-network {self.prc_network}: use one of {', '.join(PRC_NETWORKS)}.")
+        if self.reference_transform not in REFERENCE_TRANSFORMS:
+            known = ", ".join(REFERENCE_TRANSFORMS)
+            raise ConfigError(f"--reference-transform {self.reference_transform}: use one of {known}.")
         if self.batch_size < 1:
             raise ConfigError(f"--batch-size {self.batch_size}: use 1 or more.")
 
@@ -224,17 +229,18 @@ def make_reference(
     device: torch.device,
     *,
     size: tuple[int, int] | None = None,
-    transform: str | None = None,
+    transform: str = "none",
     batch_size: int = 64,
     workers: int | None = None,
     keep: Collection[str] = (),
 ) -> Reference:
     """Statistics of a reference's pictures; its features pass by, where the protocol averages in float64.
 
-    keep: networks whose features are kept too. Raises: DataError for pictures that `extract` refuses, or fewer than
-    two.
+    transform: a name in REFERENCE_TRANSFORMS. keep: networks whose features are kept too.
+    Raises: DataError for pictures that `extract` refuses, or fewer than two.
     """
-    if transform and size and size[0] != size[1]:
+    applied = None if transform == "none" else transform
+    if applied and size and size[0] != size[1]:
         raise ConfigError(
             f"--reference-transform {transform} makes squares, but the pictures to be scored are {size[0]}x{size[1]}. "
             "Resize the reference's pictures yourself."
@@ -248,11 +254,13 @@ def make_reference(
         hold={(name, LAYERS[name]) for name in names if name in keep or not protocol.double},
         summed=moments_of(names, protocol),
         size=size,
-        transform=transform,
+        transform=applied,
         workers=workers,
         progress="reference",
     )
-    reference = Reference("pictures", pictures.source, features.sha256, features.count, features.size, protocol.name)
+    reference = Reference(
+        *("pictures", pictures.source, features.sha256, features.count, features.size, protocol.name), transform=applied
+    )
     for network in networks:
         reference.networks[network.name] = statistics_of(
             features, network.name, protocol, network.weights.sha256, network.name in keep

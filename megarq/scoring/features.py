@@ -116,5 +116,6 @@ def other_size(size: tuple[int, int] | None, wanted: tuple[int, int]) -> DataErr
     got = "x".join(map(str, size or ()))
     return DataError(
         f"the reference's pictures are {got}, those to be scored {wanted[0]}x{wanted[1]}. Make the reference at "
-        "their size: --reference-transform center for pictures, reference_stats.py --resolution for statistics."
+        "their size: --reference-transform center or squeeze for pictures, reference_stats.py --resolution for "
+        "statistics."
     )

@@ -43,7 +43,7 @@ def to_result(scored: Scored) -> dict[str, Any]:
             "kind": reference.kind,
             "count": reference.count,
             "size": reference.size,
-            "transform": request.reference_transform if reference.kind == "pictures" else None,
+            "transform": reference.transform,
         },
         "images": {
             "path": request.images,

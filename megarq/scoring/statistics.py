@@ -69,6 +69,8 @@ class Reference:
     """(width, height) of the pictures, where it is known."""
     protocol: str | None = None
     """Where it is known."""
+    transform: str | None = None
+    """What brought the pictures to that size, where anything is known to have done it."""
     networks: dict[str | None, Statistics] = field(default_factory=dict)
     """By network; None where the file does not say of which."""
     notes: list[str] = field(default_factory=list)
@@ -112,6 +114,7 @@ def write_statistics(path: Path, reference: Reference, features: bool) -> None:
         "protocol": reference.protocol,
         "count": reference.count,
         "size": reference.size,
+        "transform": reference.transform,
         "pictures_sha256": reference.sha256,
         "networks": {
             str(name): {"layer": LAYERS[str(name)], "weights_sha256": statistics.weights}
@@ -187,6 +190,7 @@ def _read_ours(path: Path, arrays: dict[str, Any], reference: Reference) -> None
             )
         reference.protocol, reference.count = says["protocol"], says["count"]
         reference.size = (says["size"][0], says["size"][1])
+        reference.transform = says.get("transform")  # which the first files did not say
         for name, record in says["networks"].items():
             prefix = "" if name == "inception" else f"{name}/"
             features = arrays.get(f"{prefix}features")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 
 from megarq.data.transforms import TRANSFORMS, decode_rgb, to_tensor, transform_image
 from megarq.errors import DataError
@@ -124,6 +125,13 @@ def test_the_middle_is_taken_whatever_the_seed(name: str) -> None:
     assert all((transform_image(data, name, 8, seed) == 1).all() for seed in range(6))
 
 
+@pytest.mark.parametrize("size", [(40, 24), (9, 33), (16, 16)])
+def test_squeeze_is_the_authors_resize_of_both_sides(size: tuple[int, int]) -> None:
+    theirs = Compose([Resize(size=(16, 16)), ToTensor(), Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
+    data = photo(*size)
+    assert torch.allclose(transform_image(data, "squeeze", 16), theirs(decode_rgb(data)), atol=1e-6)
+
+
 def test_ffhq_crops_before_it_scales() -> None:
     """A face of 1024 pixels keeps its detail, which is lost where 256 are enlarged."""
     stripes = np.zeros((128, 128, 3), np.uint8)
@@ -152,7 +160,7 @@ def test_none_refuses_another_size() -> None:
 
 
 def test_an_unknown_transform_lists_the_known() -> None:
-    with pytest.raises(DataError, match=r"unknown transform 'centre'\. Use one of center, none, imagenet"):
+    with pytest.raises(DataError, match=r"unknown transform 'centre'\. Use one of center, squeeze, none, imagenet"):
         transform_image(photo(16, 16), "centre", 16)
 
 

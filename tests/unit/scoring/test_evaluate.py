@@ -13,6 +13,7 @@ import pytest
 import torch
 from captioned_tars import picture, write_tar
 from PIL import Image
+from safetensors.torch import save_file
 from scored_pictures import stand_in, write_pictures
 
 from megarq import cli
@@ -127,10 +128,15 @@ def test_a_reference_of_another_size_is_refused_or_brought_to_it(quick, many, tm
     larger = write_pictures(tmp_path / "larger", 5, 4, size=(12, 10))
     with pytest.raises(DataError, match="the reference's pictures are 12x10, those to be scored 8x8"):
         evaluate(ask(many, larger, "fid"))
-    found = evaluate(ask(many, larger, "fid", reference_transform="center"))
-    assert found.reference.size == (8, 8) and to_result(found)["reference"]["transform"] == "center"
-    with pytest.raises(ConfigError, match="--reference-transform center makes squares, but .* are 12x10"):
-        evaluate(ask(larger, many, "fid", reference_transform="center"))
+    fids = {}
+    for transform in ("center", "squeeze"):
+        found = evaluate(ask(many, larger, "fid", reference_transform=transform))
+        assert found.reference.size == (8, 8) and to_result(found)["reference"]["transform"] == transform
+        fids[transform] = found.metrics["fid"]["value"]
+        with pytest.raises(ConfigError, match=f"--reference-transform {transform} makes squares, but .* are 12x10"):
+            evaluate(ask(larger, many, "fid", reference_transform=transform))
+    assert fids["center"] != pytest.approx(fids["squeeze"], rel=1e-3)
+    assert to_result(evaluate(ask(many, many, "fid")))["reference"]["transform"] is None
 
 
 def test_intervals_lie_around_the_values(quick, many, others):
@@ -176,6 +182,7 @@ def test_the_inception_score_needs_no_reference(quick, many):
         ({"metrics": ()}, "--metrics is empty. Name some of fid, is"),
         ({"reference": None}, "no REFERENCE, which fid need. Give one after IMAGES"),
         ({"prc_network": "clip"}, "--prc-network clip: use one of inception, vgg16."),
+        ({"reference_transform": "t2i"}, "--reference-transform t2i: use one of none, center, squeeze."),
         ({"batch_size": 0}, "--batch-size 0: use 1 or more."),
         ({"bootstrap": 1}, "--bootstrap 1: use 0 for no interval"),
     ],
@@ -347,3 +354,35 @@ def test_commands_write_into_new_folders_and_say_at_once_where_they_cannot(
     blocked = tmp_path / "one.json" / "out.npz"
     assert cli.run(lambda: command(script)([*options, str(blocked)])) == 2
     assert f"error: {tmp_path / 'one.json'}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("transform", ["center", "squeeze"])
+def test_statistics_of_pictures_brought_to_a_size_are_those_of_the_pictures(
+    quick, many, tmp_path, monkeypatch, transform
+):
+    monkeypatch.setattr("megarq.scoring.weights.find_weights", lambda name, given: None)
+    monkeypatch.setattr(
+        "megarq.scoring.networks.build_network", lambda name, p, layers, *_: stand_in(name, tuple(layers))
+    )
+    larger, made = write_pictures(tmp_path / "larger", 5, 4, size=(12, 10)), tmp_path / "made.npz"
+    options = ["--protocol", "rq-paper", "--resolution", "8", "--device", "cpu", "--transform", transform]
+    command("reference_stats.py")([str(larger), *options, "--output", str(made)])
+    one = evaluate(ask(many, larger, "fid", reference_transform=transform))
+    two = evaluate(ask(many, made, "fid"))
+    assert one.metrics["fid"]["value"] == two.metrics["fid"]["value"]
+    assert to_result(two)["reference"]["transform"] == transform
+
+
+def test_statistics_are_made_under_a_protocol_of_ones_own(many, tmp_path):
+    """The demo's, whose network the file brings; its weights are untrained here."""
+    path = Path(__file__).parents[3] / "tools" / "demo" / "digit_protocol.py"
+    torch.manual_seed(0)
+    save_file(runpy.run_path(str(path))["DigitNetwork"]().state_dict(), tmp_path / "digits.safetensors")
+    common = ["--protocol", str(path), "--feature-weights", f"digits={tmp_path / 'digits.safetensors'}"]
+    common += ["--device", "cpu"]
+    made, out = tmp_path / "made.npz", tmp_path / "out.json"
+    command("reference_stats.py")([str(many), *common, "--transform", "none", "--output", str(made)])
+    command("score.py")([str(many), str(made), *common, "--json", str(out)])
+    result = json.loads(out.read_text())
+    assert result["metrics"]["fid"]["value"] == pytest.approx(0, abs=1e-6)
+    assert result["metrics"]["fid"]["network"] == "digits" and result["protocol"]["name"] == "digits"
