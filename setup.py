@@ -34,7 +34,7 @@ setup(
         "train": ["lpips"],
         "lsun": ["lmdb"],
         "eval": ["lpips", "open_clip_torch>=3", "scipy", "threadpoolctl", "timm>=1", "torch-fidelity>=0.4"],
-        "demo": ["scikit-learn", "matplotlib"],
+        "demo": ["scikit-image", "scikit-learn", "matplotlib"],
         "dev": [
             "allpairspy",
             "import-linter",

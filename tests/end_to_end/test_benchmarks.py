@@ -4,6 +4,7 @@ import json
 
 import pytest
 from captioned_tars import small_rqvae, write_tars
+from PIL import Image
 
 from megarq.inference.pretrained import save_rqvae
 from tests.end_to_end.commands import call, call_ranks, succeed
@@ -71,3 +72,19 @@ def test_pretokenization_is_held_against_its_parts(tmp_path):
     parts = 1 / speed["decode"] + 1 / speed["encode"]
     assert result["efficiency"] == pytest.approx(speed["whole"] * parts, abs=0.01)
     assert all(len(depths) == 3 and min(depths) >= 0 for depths in result["agreement_with_fp32"].values())
+
+
+def test_photographs_are_overfitted_measured_and_drawn(tmp_path):
+    few = ("--photographs", "coffee", "rocket", "--steps", 2, "--output", tmp_path / "run")
+    small = ("model.resolution=32", "model.attention_resolutions=[1]", "model.codebook_size=16", "data.workers=0")
+    out = ("--json", tmp_path / "out.json", "--pictures", tmp_path / "pictures.png")
+    succeed("benchmarks/photographs.py", *few, *out, *small)
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert (result["pictures"], result["step"]) == (2, 2)
+    assert [point["step"] for point in result["training"]] == [1, 2]
+    assert [row["depths"] for row in result["depths"]] == [1, 2, 3, 4]
+    assert result["depths"][-1]["psnr"] == pytest.approx(result["metrics"]["psnr"]["value"])
+    assert result["reached"] == {"PSNR above 25 dB": False}  # in two steps
+    assert result["config"]["model"]["resolution"] == 32 and result["config"]["train"]["steps"] == 2
+    with Image.open(tmp_path / "pictures.png") as sheet:
+        assert sheet.height > 5 * 32
