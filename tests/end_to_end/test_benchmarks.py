@@ -74,7 +74,7 @@ def test_pretokenization_is_held_against_its_parts(tmp_path):
     assert all(len(depths) == 3 and min(depths) >= 0 for depths in result["agreement_with_fp32"].values())
 
 
-def test_photographs_are_overfitted_measured_and_drawn(tmp_path):
+def test_photographs_are_trained_on_measured_and_drawn(tmp_path):
     few = ("--photographs", "coffee", "rocket", "--steps", 2, "--output", tmp_path / "run")
     small = ("model.resolution=32", "model.attention_resolutions=[1]", "model.codebook_size=16", "data.workers=0")
     out = ("--json", tmp_path / "out.json", "--pictures", tmp_path / "pictures.png")
