@@ -17,6 +17,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch_fidelity.utils import create_feature_extractor
+from torchvision.models import ResNet101_Weights
 
 from megarq.errors import CheckpointError
 from megarq.scoring.protocols import DINOV2_SIDE, FEATURES, Protocol, prepare_dinov2
@@ -202,6 +203,17 @@ class Clip:
         return cosines
 
 
+def classifier_view(sha256: str) -> Callable[[Image.Image], Tensor]:
+    """How torchvision feeds the ResNet-101 of a file: [3, 224, 224], normalised, of the centre.
+
+    The short side becomes 232 for its second weights, and 256 for its first, and for files that it did not publish.
+    """
+    published = {weights.url.rpartition("-")[2].partition(".")[0]: weights for weights in ResNet101_Weights}
+    known = [weights for begins, weights in published.items() if sha256.startswith(begins)]
+    view: Callable[[Image.Image], Tensor] = (known or [ResNet101_Weights.IMAGENET1K_V1])[0].transforms()
+    return view
+
+
 class Classifier:
     """torchvision's ResNet-101 of ImageNet."""
 
@@ -218,11 +230,11 @@ class Classifier:
         self.classes = model.fc.out_features
         self._model = model.to(device).eval().requires_grad_(False)
         self._device = device
-        self._preprocess = torchvision.transforms._presets.ImageClassification(crop_size=224, resize_size=256)
+        self._preprocess = classifier_view(weights.sha256)
 
     @torch.no_grad()
     def probabilities(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """[B, classes], float32 on the CPU: short side to 256, the centre 224x224, ImageNet's mean and deviation."""
+        """[B, classes], float32 on the CPU."""
         views = torch.stack([self._preprocess(picture.convert("RGB")) for picture in pictures])
         probabilities: Tensor = self._model(views.to(self._device)).float().softmax(1).cpu()
         return probabilities

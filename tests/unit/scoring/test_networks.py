@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from megarq.errors import CheckpointError, ConfigError
+from megarq.scoring import networks
 from megarq.scoring.networks import Clip, build_network, resize_positions
 from megarq.scoring.protocols import PROTOCOLS, prepare_dinov2
 from megarq.scoring.rankers import ClassRanker, ClipRanker
@@ -177,6 +178,38 @@ def test_the_class_ranker_gives_the_probability_of_the_class(files, pictures, ca
     with pytest.raises(CheckpointError, match="is no file of resnet101"):
         torch.save(nn.Linear(1, 1).state_dict(), files / "linear.pth")
         ClassRanker(files / "linear.pth", CPU)
+
+
+@pytest.mark.parametrize(
+    ("sha256", "side"), [("63fe2227", 256), ("cd907fc2", 232), ("0123abcd", 256)], ids=["V1", "V2", "another"]
+)
+def test_a_ranked_picture_is_resized_as_the_weights_want_it(sha256, side):
+    picture = Image.effect_mandelbrot((300, 280), (-2, -1, 1, 1), 50).convert("RGB")
+    height, width = side, int(300 * side / 280)
+    resized = picture.resize((width, height), Image.Resampling.BILINEAR)
+    top, left = round((height - 224) / 2), round((width - 224) / 2)
+    centre = torchvision.transforms.functional.pil_to_tensor(resized)[:, top : top + 224, left : left + 224] / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert torch.allclose(networks.classifier_view(sha256 + "0" * 56)(picture), (centre - mean) / std, atol=1e-5)
+
+
+def test_the_class_ranker_asks_torchvision_by_the_checksum_of_its_file(files, pictures, monkeypatch):
+    """Where torchvision has published the very file, under a name that tells its checksum."""
+    torch.save(torchvision.models.resnet101(num_classes=2).state_dict(), files / "two.pth")
+    sha256 = Weights("resnet101", files / "two.pth").sha256
+    seen = []
+
+    def view(picture: Image.Image) -> Tensor:
+        seen.append(picture.size)
+        return torch.zeros(3, 32, 32)
+
+    registry = [
+        SimpleNamespace(url="https://a.b/resnet101-63fe2227.pth", transforms=lambda: None),
+        SimpleNamespace(url=f"https://a.b/resnet101-{sha256[:8]}.pth", transforms=lambda: view),
+    ]
+    monkeypatch.setattr(networks, "ResNet101_Weights", registry)
+    ClassRanker(files / "two.pth", CPU)(pictures, [SimpleNamespace(prompt=None, label=1)] * 2)
+    assert seen == [(32, 32)] * 2
 
 
 @pytest.mark.full
