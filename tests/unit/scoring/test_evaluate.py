@@ -21,6 +21,7 @@ from megarq.data.picture_set import PictureSettings
 from megarq.errors import ConfigError, DataError
 from megarq.scoring import evaluate as module
 from megarq.scoring.evaluate import Request, evaluate, make_reference
+from megarq.scoring.networks import FeatureNetwork
 from megarq.scoring.protocols import PROTOCOLS
 from megarq.scoring.result import to_result, to_table, write_result
 from megarq.scoring.scores import ScoreSettings
@@ -65,6 +66,39 @@ def test_fid_from_pictures_is_the_distance_of_their_features(quick, many, others
     found = evaluate(ask(many, others, "fid", batch_size=7))
     assert found.metrics["fid"]["value"] == pytest.approx(frechet(features_of(many), features_of(others)), abs=1e-6)
     assert (found.features.count, found.reference.count, found.metrics["fid"]["layer"]) == (40, 30, "2048")
+
+
+class Projected:
+    """In Inception's place: 2,048 features, which are random projections of the grey levels, cut at zero."""
+
+    weights = stand_in("inception", ("2048",)).weights
+
+    def __init__(self, side: int) -> None:
+        self._projection = torch.randn(3 * side * side, 2048, generator=torch.Generator().manual_seed(0)) / side
+
+    def network(self) -> FeatureNetwork:
+        def features(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (((pixels.flatten(1).float() / 255 - 0.5) @ self._projection).relu(),)
+
+        return FeatureNetwork("inception", ("2048",), features, self.weights, 2048)
+
+
+@pytest.mark.full
+def test_fid_of_2048_dimensions_is_that_of_scipys_root_in_float64(tmp_path, monkeypatch):
+    """Of more pictures than dimensions, so that no covariance is singular."""
+    network = Projected(8).network()
+    monkeypatch.setattr(module, "find_weights", lambda name, given: None)
+    monkeypatch.setattr(module, "build_network", lambda *_: network)
+    ours = write_pictures(tmp_path / "ours", 2600, 5, size=(8, 8))
+    theirs = write_pictures(tmp_path / "theirs", 2500, 6, blur=1.5, size=(8, 8))
+    found = evaluate(ask(ours, theirs, "fid")).metrics["fid"]["value"]
+    seen = []
+    for folder in (ours, theirs):
+        pictures = [torch.from_numpy(np.array(Image.open(path))) for path in sorted(folder.iterdir())]
+        parts = torch.stack(pictures).permute(0, 3, 1, 2).split(64)  # float32 products depend on the batch
+        seen.append(torch.cat([network.module(part)[0] for part in parts]).double().numpy())
+    assert all(np.linalg.matrix_rank(np.cov(rows.T)) == 2048 for rows in seen)
+    assert found > 1 and found == pytest.approx(frechet(*seen), abs=1e-6)
 
 
 def test_statistics_give_what_their_pictures_give(quick, many, others, tmp_path):

@@ -13,6 +13,7 @@ import torchvision
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from PIL import Image
 from torch import Tensor, nn
+from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
 
 from megarq.errors import CheckpointError, ConfigError
 from megarq.scoring import networks
@@ -220,5 +221,7 @@ def test_vgg16_is_torch_fidelitys(files, pixels):
     built = build_network(
         "vgg16", PROTOCOLS["torch-fidelity"], ["fc2_relu"], Weights("vgg16", files / "vgg16.pth"), CPU
     )
-    [found] = built.module(pixels)
-    assert found.shape == (2, 4096) and built.dim == 4096 and (found >= 0).all()
+    theirs = FeatureExtractorVGG16("vgg16", ["fc2_relu"], feature_extractor_weights_path=files / "vgg16.pth")
+    [found], [expected] = built.module(pixels), theirs(pixels)
+    assert found.shape == (2, 4096) and built.dim == 4096
+    assert torch.equal(found, expected) and found.std() > 1e-3 and not torch.equal(found[0], found[1])
