@@ -15,7 +15,6 @@ A file's header holds each parameter's fragment once, {"w": [[6, 4], 0, 0, 2, 6]
 Kinds: "param" (fp32 master weights), "exp_avg" and "exp_avg_sq" (Adam's moments), "ema", "buffer" (whole).
 """
 
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +36,7 @@ from megarq.checkpoint.rank_file import (
     write_tensor_file,
 )
 from megarq.errors import CheckpointError
+from megarq.files import file_sha256
 
 VERSION = 2
 METADATA = "metadata.json"
@@ -211,7 +211,7 @@ class Checkpoint:
         """Read this rank's share of the files through. Raises CheckpointError where a byte is not the one written."""
         entries = self.metadata["files"][rank::world_size]
         with ThreadPoolExecutor(_READERS) as readers:
-            digests = list(readers.map(lambda entry: _digest(self.folder / entry["name"]), entries))
+            digests = list(readers.map(lambda entry: file_sha256(self.folder / entry["name"]), entries))
         for entry, digest in zip(entries, digests, strict=True):
             if digest != entry["sha256"]:
                 path = self.folder / entry["name"]
@@ -284,11 +284,6 @@ def _is_file_entry(entry: Any) -> bool:
     if not isinstance(entry, dict) or not {"name", "bytes", "sha256"} <= entry.keys():
         return False
     return isinstance(entry["name"], str) and Path(entry["name"]).name == entry["name"]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _name_of(key: str) -> str:

@@ -1,6 +1,5 @@
 """What both kinds of run share: joining the job, the run's folder, and handing everything to the Trainer."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from megarq.engine.metrics import MetricsLog, peak_tflops
 from megarq.engine.schedule import run_length
 from megarq.engine.state import Beside, EngineState
 from megarq.errors import ConfigError
-from megarq.files import write_atomically
+from megarq.files import file_sha256, write_atomically
 from megarq.parallel.together import gather_objects, together
 from megarq.parallel.topology import ProcessGroups, Topology
 
@@ -180,15 +179,10 @@ def copy_once(source: Path, run: Path, name: str) -> None:
     """Copy a file into the run under `name`, whole or not at all. Raises ConfigError where another is there."""
     target = run / name
     if target.exists():
-        if _digest(source) != _digest(target):
+        if file_sha256(source) != file_sha256(target):
             raise ConfigError(f"{target} differs from {source}: go on with the file that the run was started with.")
         return
     write_atomically(target, source.read_bytes())
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -78,7 +78,6 @@ PROTOCOLS = {
             statistics="mean and covariance in float64",
             logits="logits",
             extractor="megarq-rq-paper",
-            double=True,
         ),
         Protocol(
             name="torch-fidelity",
@@ -98,7 +97,6 @@ PROTOCOLS = {
             statistics="mean and covariance in float64",
             logits="logits_unbiased",
             extractor="megarq-clean",
-            double=True,
         ),
     )
 }

@@ -8,7 +8,6 @@
 Nothing in any of them is unpickled but tensors and numeric arrays.
 """
 
-import hashlib
 import json
 import pickle
 import zipfile
@@ -26,7 +25,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from megarq.errors import DataError
-from megarq.files import atomic_file
+from megarq.files import atomic_file, file_sha256
 from megarq.scoring.features import Features
 from megarq.scoring.networks import LAYERS
 from megarq.scoring.protocols import Protocol
@@ -133,8 +132,7 @@ def read_statistics(path: Path) -> Reference:
     """
     if not path.is_file():
         raise DataError(f"statistics {path}: no such file. Check the path, or make them with reference_stats.py.")
-    with path.open("rb") as file:
-        reference = Reference("statistics", str(path), hashlib.file_digest(file, "sha256").hexdigest())
+    reference = Reference("statistics", str(path), file_sha256(path))
     _read = _read_npz if path.suffix == ".npz" else _read_cache
     _read(path, reference)
     for statistics in reference.networks.values():

@@ -4,7 +4,6 @@ A file is given, or lies under its published name in torch's or the Hugging Face
 nothing is unpickled but tensors.
 """
 
-import hashlib
 import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megarq.errors import CheckpointError, ConfigError
+from megarq.files import file_sha256
 
 FEATURE_WEIGHTS, RANKER_WEIGHTS = "--feature-weights", "--ranker-weights"
 """Options that give files: NETWORK=FILE to be scored with, and the one FILE of a ranker."""
@@ -87,8 +87,7 @@ class Weights:
     @cached_property
     def sha256(self) -> str:
         """Of the file."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(self.path)
 
     @property
     def published(self) -> bool:
