@@ -2,17 +2,16 @@
 
 import argparse
 import ast
-import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from PIL import Image
+from scripts import load_script
 
 from megarq.config.deepspeed import read_ds_config
 from megarq.config.load import load_config
@@ -98,7 +97,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
     def parsed(script: str, arguments: list[str]) -> argparse.Namespace:
         monkeypatch.syspath_prepend((ROOT / script).parent)  # as Python does for a script
         try:
-            load(script).main(arguments)
+            load_script(script).main(arguments)
         except ParsedError as stopped:
             return stopped.args[0]
         except SystemExit as stopped:
@@ -106,15 +105,6 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
         raise AssertionError(f"{script} parses nothing")
 
     return parsed
-
-
-def load(script: str) -> ModuleType:
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(script.removesuffix(".py").replace("/", "_"), ROOT / script)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_arrows_of_the_walk_are_found():

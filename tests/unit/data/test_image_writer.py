@@ -1,28 +1,22 @@
 """From pictures to tars through the command line, and back through the reader; reruns, faults and workers."""
 
-import importlib.util
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_script
 
 from megarq.data.faults import Faults
 from megarq.data.files import expand_shards
 from megarq.data.image_shards import ImageSample, read_samples
 from megarq.errors import DataError
 
-ROOT = Path(__file__).parents[3]
-
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_shards", ROOT / "tools" / "make_shards.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/make_shards.py")
 
 
 @pytest.fixture

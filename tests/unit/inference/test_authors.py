@@ -1,12 +1,12 @@
 """Importing checkpoints in the authors' layout: reference answers, every variant, and files that do not fit."""
 
-import importlib.util
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from scripts import load_script
 
 from megarq.errors import CheckpointError, ConfigError
 from megarq.inference.authors import import_pretrained
@@ -23,11 +23,7 @@ GELU = {"exact": "v1", "sigmoid": "v2"}
 @pytest.fixture(scope="session")
 def command():
     """tools/import_pretrained.py's main."""
-    path = Path(__file__).parents[3] / "tools" / "import_pretrained.py"
-    spec = importlib.util.spec_from_file_location("import_pretrained", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script("tools/import_pretrained.py").main
 
 
 def stack_document(stack):

@@ -1,13 +1,12 @@
 """The authors' layout, written: theirs to ours and back, ours to theirs and back, to the last bit."""
 
-import importlib.util
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from made_up_checkpoints import save_alone
+from scripts import load_script
 
 from megarq.checkpoint.format import Fragment
 from megarq.config.run import RQTransformerRunConfig, RQVAELossConfig, RQVAERunConfig, SamplingConfig
@@ -24,11 +23,7 @@ from megarq.text.tokenizer import TextTokenizer
 @pytest.fixture(scope="session")
 def command():
     """tools/export.py's main."""
-    path = Path(__file__).parents[3] / "tools" / "export.py"
-    spec = importlib.util.spec_from_file_location("export", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script("tools/export.py").main
 
 
 def document(folder):

@@ -1,16 +1,15 @@
 """Exporting runs: which weights, in which dtype, with which RQ-VAE and tokenizer."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 from made_up_checkpoints import cut, save_alone, save_together
 from safetensors.torch import load_file
+from scripts import load_script
 
 from megarq.checkpoint.format import Fragment
 from megarq.config.models import StackConfig
@@ -26,11 +25,7 @@ from megarq.text.tokenizer import TextTokenizer
 @pytest.fixture(scope="session")
 def command():
     """tools/export.py's main."""
-    path = Path(__file__).parents[3] / "tools" / "export.py"
-    spec = importlib.util.spec_from_file_location("export", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script("tools/export.py").main
 
 
 def whole(tensors, kind):

@@ -1,13 +1,12 @@
 """tools/sample.py: one PNG, its text chunks, and bad options."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripts import load_script
 
 from megarq import cli
 from megarq.errors import CheckpointError, ConfigError
@@ -15,11 +14,7 @@ from megarq.errors import CheckpointError, ConfigError
 
 @pytest.fixture(scope="module")
 def tool():
-    path = Path(__file__).parents[3] / "tools" / "sample.py"
-    spec = importlib.util.spec_from_file_location("sample", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/sample.py")
 
 
 @pytest.fixture(scope="module")

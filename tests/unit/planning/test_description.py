@@ -1,25 +1,18 @@
-import importlib.util
 import json
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_script
 
 from megarq.config.load import load_config
 from megarq.errors import ConfigError
 from megarq.planning.description import describe, render
 
-TOOL = Path(__file__).parents[3] / "tools" / "describe.py"
-
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
     """tools/describe.py as a module."""
-    specification = importlib.util.spec_from_file_location("describe_tool", TOOL)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script("tools/describe.py")
 
 
 def test_tokens_of_the_text_model() -> None:

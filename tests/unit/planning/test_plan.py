@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import re
 import shlex
@@ -7,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_script
 
 from megarq.config.load import load_config
 from megarq.errors import ConfigError
@@ -25,11 +25,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
     """tools/plan.py as a module."""
-    specification = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools" / "plan.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script("tools/plan.py")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Captions and pictures of an evaluation set planted in training data are found; near misses are not."""
 
-import importlib.util
 import io
 import json
 import re
@@ -12,12 +11,11 @@ import numpy as np
 import pytest
 from captioned_tars import picture, small_rqvae
 from PIL import Image
+from scripts import load_script
 from tiny_codes import image_tar, tiny_codes
 
 from megarq.errors import ConfigError, DataError
 from megarq.pretokenize.overlap import CaptionIndex, PictureIndex, grey_steps, normalized, read_captions
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(
@@ -107,11 +105,7 @@ def copied(png: bytes, size: tuple[int, int], quality: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("find_overlap_tool", ROOT / "tools" / "find_overlap.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/find_overlap.py")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Image shards to code shards with a small RQ-VAE: content, repetition, interruption, and wrong folders."""
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from captioned_tars import contents, small_rqvae, write_tars
+from scripts import load_script
 
 from megarq.data.code_shards import CodeShards
 from megarq.data.faults import Faults
@@ -22,8 +22,6 @@ from megarq.errors import DataError
 from megarq.inference.pretrained import load_rqvae, save_rqvae
 from megarq.pretokenize.run import code_settings
 from megarq.rqvae.model import RQVAE, fingerprint
-
-ROOT = Path(__file__).parents[3]
 
 
 def every_place(codes: CodeShards) -> tuple[np.ndarray, np.ndarray]:
@@ -257,11 +255,7 @@ def test_wrong_settings_are_refused(rqvae: RQVAE, changes: dict[str, object], me
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pretokenize_tool", ROOT / "tools" / "pretokenize.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/pretokenize.py")
 
 
 def test_the_command_makes_a_folder_that_carries_its_rqvae(

@@ -1,6 +1,5 @@
 """Every check of verify_codes meets the damage it is for, on folders that pre-tokenization made."""
 
-import importlib.util
 import io
 import json
 import shutil
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from captioned_tars import picture, small_rqvae, write_tar
 from PIL import Image
+from scripts import load_script
 from tiny_codes import image_tar, tiny_codes
 
 from megarq.data.code_shards import CodeShards
@@ -22,7 +22,6 @@ from megarq.pretokenize.pictures import names
 from megarq.pretokenize.verify import Report, Status, verify
 from megarq.text.training import train_tokenizer
 
-ROOT = Path(__file__).parents[3]
 COUNTS = (11, 4, 6)
 
 
@@ -239,11 +238,7 @@ def test_a_stray_tar_is_warned_of(codes: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("verify_codes_tool", ROOT / "tools" / "verify_codes.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/verify_codes.py")
 
 
 def test_the_command_reconstructs_and_draws_a_grid(tool: ModuleType, made: Path, tmp_path: Path) -> None:

@@ -1,4 +1,3 @@
-import importlib.util
 import io
 import json
 import tarfile
@@ -6,21 +5,16 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_script
 
 from megarq.errors import DataError
 from megarq.text.tokenizer import TextTokenizer
-
-TOOL = Path(__file__).parents[3] / "tools" / "train_text_tokenizer.py"
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
     """tools/train_text_tokenizer.py as a module."""
-    specification = importlib.util.spec_from_file_location("train_text_tokenizer_tool", TOOL)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script("tools/train_text_tokenizer.py")
 
 
 @pytest.fixture
