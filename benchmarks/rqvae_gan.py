@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from megarq import cli
 from megarq.config.load import load_config
+from megarq.engine.pictures import labelled_rows, save_png
 from megarq.errors import MegarqError
 from megarq.files import write_atomically
 from megarq.inference.pretrained import load_rqvae
 from megarq.launch.machine import describe_machine
+from megarq.rqvae.health import use_of
 from megarq.rqvae.model import RQVAE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,7 +122,7 @@ class Study:
         codes = [model.quantize(model.encode(batch)) for part in self.real.values() for batch in parts(part[0])]
         stacks = torch.cat(codes).flatten(0, 2)
         shares = [
-            perplexity(torch.bincount(stacks[:, depth], minlength=size)) / size
+            use_of(torch.bincount(stacks[:, depth], minlength=size)).perplexity / size
             for depth, size in enumerate(model.config.sizes)
         ]
         return {
@@ -158,11 +159,6 @@ def sharpness(images: Tensor) -> float:
     return float((images.diff(dim=-1).abs().mean() + images.diff(dim=-2).abs().mean()) / 2)
 
 
-def perplexity(counts: Tensor) -> float:
-    """exp of the entropy of how often each code was chosen."""
-    return float(torch.special.entr(counts.double() / counts.sum()).sum().exp())
-
-
 def stability(metrics: Path) -> dict[str, Any]:
     """Whether a run has diverged, and where its losses ended."""
     steps = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
@@ -181,19 +177,9 @@ def stability(metrics: Path) -> dict[str, Any]:
     return found
 
 
-def draw(path: Path, rows: dict[str, Tensor], side: int = 64) -> None:
-    """Rows of images [n, 3, 32, 32], each with its name beside it."""
-    left, columns = 210, max(len(images) for images in rows.values())
-    sheet = Image.new("RGB", (left + columns * side, side * len(rows)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, (name, images) in enumerate(rows.items()):
-        pen.text((8, row * side + side // 2 - 6), name, fill="black")
-        for column, image in enumerate(images):
-            pixels = image.permute(1, 2, 0).add(1).mul(127.5).round().clamp(0, 255).byte().numpy()
-            tile = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(tile, (left + column * side, row * side))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+def enlarged(images: Tensor) -> Tensor:
+    """Images of twice the side, each pixel a square."""
+    return images.repeat_interleave(2, -1).repeat_interleave(2, -2)
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -248,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = {"originals": study.held_out(12)}
         for group in groups:
             rows[study.name(*group)] = reconstructed(load_rqvae(study.folder(*group, 0)), study.held_out(12))
-        draw(args.pictures, rows)
+        save_png(args.pictures, labelled_rows([(name, enlarged(images)) for name, images in rows.items()]))
     report = {
         "command": shlex.join(["python", "benchmarks/rqvae_gan.py", *(sys.argv[1:] if argv is None else argv)]),
         "reached": reached,

@@ -20,7 +20,7 @@ from megarq.scoring.protocols import PROTOCOLS, find_protocol
 from megarq.scoring.reconstruction import METRICS, SHOWN, TRANSFORMS, ReconstructionRequest, reconstruct
 from megarq.scoring.reconstruction_result import draw_sheet, to_result, to_table
 from megarq.scoring.result import write_result
-from megarq.scoring.weights import NETWORKS, parse_weights
+from megarq.scoring.weights import add_feature_weights, parse_weights
 
 EXAMPLE = """examples:
   torchrun --nproc_per_node 8 evaluation/reconstruction.py --model runs/rqvae --data 'imagenet-val/{00..49}.tar' \\
@@ -59,13 +59,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"how pictures become an rFID: {', '.join(PROTOCOLS)}, or a file.py (default: %(default)s)",
     )
     parser.add_argument("--metrics", default=",".join(METRICS), help="some of %(default)s (the default)")
-    parser.add_argument(
-        "--feature-weights",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help=f"Inception's weights, or NETWORK=FILE for {', '.join(NETWORKS)}; may be repeated",
-    )
+    add_feature_weights(parser)
     parser.add_argument("--perceptual-weights", type=Path, metavar="FILE", help="VGG16's weights, for lpips")
     parser.add_argument("--depths", action="store_true", help="measure the first 1, 2 .. depths alone, too")
     parser.add_argument("--count", type=int, metavar="N", help="take N pictures, spread evenly over the data")

@@ -18,7 +18,7 @@ from megarq.scoring.networks import LAYERS, build_network
 from megarq.scoring.protocols import PROTOCOLS, find_protocol
 from megarq.scoring.result import DIGITS
 from megarq.scoring.statistics import write_statistics
-from megarq.scoring.weights import find_weights, parse_weights
+from megarq.scoring.weights import add_feature_weights, find_weights, parse_weights
 
 EXAMPLE = """examples:
   python evaluation/reference_stats.py coco/val2014 --protocol rq-paper --transform squeeze --resolution 256 \\
@@ -54,13 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--networks", help=f"some of {','.join(LAYERS)} (default: the protocol's, which is inception in all named ones)"
     )
     parser.add_argument("--features", action="store_true", help="keep the features too, for KID, precision and recall")
-    parser.add_argument(
-        "--feature-weights",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="Inception's weights, or NETWORK=FILE; may be repeated",
-    )
+    add_feature_weights(parser)
     parser.add_argument("--batch-size", type=int, default=64, help="pictures in one pass (default 64)")
     parser.add_argument("--device", help="cuda, cuda:1, cpu ...; by default a GPU if there is one")
     parser.add_argument(

@@ -15,7 +15,7 @@ from megarq.scoring.evaluate import PRC_NETWORKS, REFERENCE_TRANSFORMS, Request,
 from megarq.scoring.protocols import PROTOCOLS, find_protocol
 from megarq.scoring.result import to_result, to_table, write_result
 from megarq.scoring.scores import METRICS, ScoreSettings
-from megarq.scoring.weights import NETWORKS, parse_weights
+from megarq.scoring.weights import add_feature_weights, parse_weights
 
 EXAMPLE = """examples:
   python evaluation/score.py runs/coco coco-val.npz --protocol rq-paper --metrics fid,clip --json coco.json
@@ -44,13 +44,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"how pictures become scores: {', '.join(PROTOCOLS)}, or a file.py that defines PROTOCOL",
     )
     parser.add_argument("--metrics", default="fid", help=f"some of {','.join(METRICS)} (default fid)")
-    parser.add_argument(
-        "--feature-weights",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help=f"Inception's weights, or NETWORK=FILE for {', '.join(NETWORKS)}; may be repeated",
-    )
+    add_feature_weights(parser)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the result to this file")
     parser.add_argument(
         "--bootstrap",

@@ -19,7 +19,7 @@ from megarq.data.faults import Faults
 from megarq.data.files import expand_shards
 from megarq.data.image_shards import IMAGE_EXTENSIONS, ImageIndex
 from megarq.data.image_stores import files_below, is_image
-from megarq.data.lmdb_images import DATABASE, LmdbImages
+from megarq.data.lmdb_images import LmdbImages, is_lmdb
 from megarq.data.packed import PackedBytes
 from megarq.data.sources import is_local
 from megarq.errors import DataError
@@ -62,7 +62,7 @@ def _kind(pattern: str) -> str:
     path = Path(pattern)
     if not is_local(pattern) or not path.exists():
         return "shards"
-    if path.suffix == Path(DATABASE).suffix or (path / DATABASE).exists():
+    if is_lmdb(path):
         return "lmdb"
     return "folder" if path.is_dir() and not any(path.glob("*.tar")) else "shards"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megarq.data.image_shards import IMAGE_EXTENSIONS
-from megarq.data.lmdb_images import DATABASE, ImageLmdb
+from megarq.data.lmdb_images import ImageLmdb, is_lmdb
 from megarq.errors import DataError
 
 
@@ -34,7 +34,7 @@ class ImageStore(Protocol):
 
 def open_store(path: Path) -> ImageStore:
     """The collection at a path. Raises: DataError where it is neither a folder nor a zip nor an LMDB."""
-    if path.suffix == ".mdb" or (path / DATABASE).exists():
+    if is_lmdb(path):
         return ImageLmdb(path)
     if path.is_dir():
         return ImageFolder(path)

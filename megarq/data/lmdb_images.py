@@ -26,6 +26,11 @@ KEYS = "megarq-keys.npz"
 logger = logging.getLogger(__name__)
 
 
+def is_lmdb(path: Path) -> bool:
+    """Whether a path is an LMDB's file, or the folder of one."""
+    return path.suffix == Path(DATABASE).suffix or (path / DATABASE).exists()
+
+
 class LmdbImages:
     """The pictures of one database, in the order of their keys."""
 

@@ -1,7 +1,7 @@
 """Stage 1: training the RQ-VAE on images, with reconstruction, commitment, perceptual and adversarial losses."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,7 @@ class RQVAETask:
         )
         self._adversary = adversary
         self._health = Health(config, device, groups.data, history)
-        self._shown: ImageLoader | Tensor = shown
+        self._shown_loader = shown
         self.passes: Passes = PlainPasses(engine, self.losses)
         if adversary is not None:
             self.passes = AdversarialPasses(engine, self.losses, adversary)
@@ -206,8 +206,6 @@ class RQVAETask:
 
     def pictures(self) -> tuple[Tensor, str]:
         """Originals, their reconstructions, and those from the codes of the first depth, the first two, ..."""
-        if isinstance(self._shown, ImageLoader):
-            self._shown = self._first_pictures(self._shown)
         model = self._engine.module
         codes = model.quantize(model.encode(self._shown))
         rows = [("original", self._shown), ("reconstruction", model.decode(codes))]
@@ -217,10 +215,11 @@ class RQVAETask:
         ]
         return labelled_rows(rows), "originals, reconstructions, and reconstructions from the first depths alone"
 
-    def _first_pictures(self, loader: ImageLoader) -> Tensor:
+    @cached_property
+    def _shown(self) -> Tensor:
         """The first pictures [n, 3, R, R]; rank 0, which shows them, has the same for any number of ranks."""
         count = self._config.log.sample_count
-        images = next(iter(loader)).images.to(self._device)
+        images = next(iter(self._shown_loader)).images.to(self._device)
         if len(images) < count:
             parts = [torch.empty_like(images) for _ in range(self._groups.topology.dp)]
             dist.all_gather(parts, images, group=self._groups.data)

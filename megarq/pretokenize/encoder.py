@@ -8,7 +8,6 @@ Shapes: b batch, n block, R resolution, H, W, D code shape, K codebook size, C c
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 
 import numpy as np
@@ -22,7 +21,7 @@ from megarq.data.manifest import CodeSettings
 from megarq.data.transforms import from_pixels
 from megarq.parallel.initialization import named_generator
 from megarq.pretokenize.decoder import Batch, Pixels
-from megarq.rqvae.codebook import full_precision
+from megarq.rqvae.codebook import exact_arithmetic
 from megarq.rqvae.model import RQVAE
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,7 +70,7 @@ class BlockEncoder:
         """[b, R, R, 3] -> fp32 latents [b, H, W, C], computed in a batch of the one fixed size."""
         images = from_pixels(torch.from_numpy(pictures).to(self._device))
         missing = self._settings.batch_size - len(pictures)
-        with _exact(self._device.type):
+        with exact_arithmetic(self._device.type):
             return self._network(F.pad(images, (0, 0) * 3 + (0, missing)))[: len(pictures)].float()
 
     def stacks(self, latents: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
@@ -119,14 +118,3 @@ class BlockEncoder:
             entropy = torch.special.entr(soft).sum(-1)
             means.append(entropy.double().exp().mean((1, 2)).cpu())
         return torch.cat(means)
-
-
-@contextmanager
-def _exact(device_type: str) -> Iterator[None]:
-    """fp32 without TF32 in products and convolutions, by the same algorithm every time."""
-    with ExitStack() as stack:
-        stack.enter_context(full_precision(device_type))
-        stack.enter_context(
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-        )
-        yield

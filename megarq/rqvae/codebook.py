@@ -35,6 +35,14 @@ def full_precision(device_type: str) -> Iterator[None]:
             product.fp32_precision = precision
 
 
+@contextmanager
+def exact_arithmetic(device_type: str) -> Iterator[None]:
+    """Products as `full_precision` has them, and convolutions without TF32, by the same algorithm every time."""
+    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    with full_precision(device_type), cudnn:
+        yield
+
+
 class Span(NamedTuple):
     """Where this rank's vectors lie among those of all ranks, counted rank after rank."""
 

@@ -10,8 +10,7 @@ Shapes: N pictures, n of one rank's, B batch, R resolution, D depth, K codebook 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,21 +24,20 @@ from megarq.config.models import RQVAEConfig
 from megarq.data.pictures import Picture, PictureBatch, Pictures, PixelStream, open_pictures
 from megarq.data.transforms import decode_rgb
 from megarq.errors import CheckpointError, ConfigError, DataError
-from megarq.files import file_sha256
 from megarq.inference.model_folder import CONFIG
 from megarq.inference.pretrained import load_rqvae
 from megarq.inference.runs import check_architecture, choose_weights, rqvae_of_checkpoint
 from megarq.launch.environment import LaunchEnvironment
 from megarq.launch.process_group import joined
 from megarq.parallel.together import alike
-from megarq.rqvae.codebook import full_precision
+from megarq.rqvae.codebook import exact_arithmetic
 from megarq.rqvae.model import RQVAE, fingerprint
 from megarq.rqvae.perceptual import LPIPS, SMALLEST_RESOLUTION, find_vgg
 from megarq.scoring.distortion import WINDOW, squared_error, ssim
 from megarq.scoring.networks import LAYERS, FeatureNetwork, build_network
 from megarq.scoring.protocols import Protocol
 from megarq.scoring.scores import FEW
-from megarq.scoring.weights import NETWORKS, find_weights
+from megarq.scoring.weights import Weights, find_weights
 
 METRICS = ("rfid", "psnr", "ssim", "lpips")
 """As --metrics takes them."""
@@ -264,13 +262,9 @@ def _build_networks(request: ReconstructionRequest) -> Networks:
     if "lpips" in request.metrics:
         vgg = find_vgg(request.perceptual_weights, "leave lpips out of --metrics")
         perceptual = LPIPS(vgg).to(request.device)
-        sha256["vgg16"] = file_sha256(vgg)
-        known = NETWORKS["vgg16"].sha256
-        if not sha256["vgg16"].startswith(known):
-            notes.append(
-                f"lpips: the weights of vgg16 have sha256 {sha256['vgg16'][:12]}.., not {known[0]}..: its values "
-                "cannot be held against published ones."
-            )
+        weights = Weights("vgg16", vgg)
+        sha256["vgg16"] = weights.sha256
+        notes += [f"lpips: {note}" for note in weights.notes]
     return Networks(features, perceptual, sha256, notes)
 
 
@@ -301,7 +295,7 @@ def look(
     wanted = set(_shown(share.count, request.shown))
     counts = found.counts.to(request.device)
     first = 0
-    with _exact(request.device.type):
+    with exact_arithmetic(request.device.type):
         for batch in stream:
             rows = slice(first, first := first + len(batch.pixels))
             x = batch.pixels.to(request.device)
@@ -412,14 +406,3 @@ def _in_order(rows: Tensor, everyones: list[list[int]], share: Share) -> Tensor:
             dist.recv(rows, rank)
         whole[places] = rows[: len(places)]
     return whole
-
-
-@contextmanager
-def _exact(device_type: str) -> Iterator[None]:
-    """fp32 without TF32 in products and convolutions, by the same algorithm every time."""
-    with ExitStack() as stack:
-        stack.enter_context(full_precision(device_type))
-        stack.enter_context(
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-        )
-        yield

@@ -4,6 +4,7 @@ A file is given, or lies under its published name in torch's or the Hugging Face
 nothing is unpickled but tensors.
 """
 
+import argparse
 import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -110,6 +111,17 @@ class Weights:
     def read(self) -> dict[str, Tensor]:
         """The named tensors. Raises: CheckpointError for a file that holds none, or more than tensors."""
         return read_state(self.path)
+
+
+def add_feature_weights(parser: argparse.ArgumentParser) -> None:
+    """The option that `parse_weights` reads."""
+    parser.add_argument(
+        FEATURE_WEIGHTS,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help=f"Inception's weights, or NETWORK=FILE for {', '.join(NETWORKS)}; may be repeated",
+    )
 
 
 def parse_weights(options: Sequence[str]) -> dict[str, Path]:
