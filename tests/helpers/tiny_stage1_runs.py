@@ -104,8 +104,16 @@ def stage1_run(
     torch.manual_seed(config.train.seed)
     module = RQVAE(config.model, session.groups.data, config.train.seed)
     adversary = Adversary(module, config, session.groups, CPU) if config.loss.adversarial_weight else None
-    task = partial(RQVAETask, config=config, validation=None, groups=session.groups, device=CPU, adversary=adversary)
     batches = ImageBatches(topology.data_rank, topology.dp, session.start, kill_at)
+    task = partial(
+        RQVAETask,
+        config=config,
+        validation=None,
+        shown=batches,
+        groups=session.groups,
+        device=CPU,
+        adversary=adversary,
+    )
     try:
         session.train(module, decayed, task, batches, SAMPLES_PER_EPOCH, 1.0, beside=adversary)
     except KilledError:
