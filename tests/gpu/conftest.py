@@ -1,6 +1,8 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+from cpu_process import cpu_process
 
 from megarq.launch.environment import read_environment
 from megarq.launch.process_group import joined, rank_device
@@ -12,3 +14,10 @@ def nccl_group() -> Iterator[None]:
     alone = read_environment({})
     with joined(alone, rank_device(alone)):
         yield
+
+
+@pytest.fixture(scope="session")
+def on_cpu() -> Iterator[Callable[..., Any]]:
+    """`on_cpu(work, *args)`: what a function makes of them in a process without GPUs."""
+    with cpu_process() as call:
+        yield call
