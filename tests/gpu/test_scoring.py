@@ -83,13 +83,15 @@ def test_scores_are_those_of_the_cpu(files, tmp_path):
     command += ["--feature-weights", f"inception={files / 'inception.pth'}"]
     with exact_arithmetic(DEVICE):
         ours, expected = (result(*command, "--device", device)["metrics"] for device in (DEVICE, "cpu"))
-    for name in ("fid", "is", "kid"):
+    assert ours["is"]["value"] - 1 == pytest.approx(expected["is"]["value"] - 1, rel=1e-2)  # a random network's is near 1
+    for name in ("fid", "kid"):
         assert ours[name]["value"] == pytest.approx(expected[name]["value"], rel=1e-3), name
     for name in ("precision", "recall"):
         assert ours[name]["value"] == pytest.approx(expected[name]["value"], abs=1 / COUNT), name
 
 
 def test_reconstructions_measure_as_on_the_cpu(files, tmp_path):
+    """But for pixels that are rounded to the next level."""
     config = RQVAEConfig(**{**vars(small_rqvae(0).config), "resolution": SIDE})
     save_rqvae(RQVAE(config).eval(), tmp_path / "model")
     command = ["evaluation/reconstruction.py", tmp_path / "scores.json", "--model", tmp_path / "model", "--depths"]
@@ -98,7 +100,7 @@ def test_reconstructions_measure_as_on_the_cpu(files, tmp_path):
     ours, expected = (result(*command, "--device", device) for device in (DEVICE, "cpu"))
     assert ours["metrics"].keys() == expected["metrics"].keys() == {"rfid", "psnr", "ssim", "lpips"}
     for name, metric in expected["metrics"].items():
-        assert ours["metrics"][name]["value"] == pytest.approx(metric["value"], rel=1e-3), name
+        assert ours["metrics"][name]["value"] == pytest.approx(metric["value"], rel=5e-3), name
     for mine, theirs in zip(ours["depths"], expected["depths"], strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-3)
+        assert mine == pytest.approx(theirs, rel=5e-3)
     assert ours["codebook"]["usage"] == pytest.approx(expected["codebook"]["usage"], abs=2 / config.codebook_size)
