@@ -8,9 +8,9 @@ from megarq.launch.environment import read_environment
 from megarq.launch.process_group import joined, rank_device
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def nccl_group() -> Iterator[None]:
-    """A group of this one process, as `python megarq/train.py` has."""
+    """A group of this one process, as `python megarq/train.py` has; DeepSpeed keeps its groups as long as it lives."""
     alone = read_environment({})
     with joined(alone, rank_device(alone)):
         yield
