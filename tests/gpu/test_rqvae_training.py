@@ -65,10 +65,13 @@ def largest_difference(run: Path, expected: Path, terms: tuple[str, ...] = TERMS
 @pytest.mark.parametrize("case", CASES)
 def test_losses_are_those_of_the_cpu(nccl_group, on_cpu, tmp_path, vgg, case, stage):
     config = replace(CASES[case], codebook=KMEANS)
-    on_cpu(stage1_run, tmp_path / "cpu", config, stage, None, CPU, vgg)
+    perceptual = config.loss.perceptual_weight > 0
+    weights = vgg if perceptual else None
+    on_cpu(stage1_run, tmp_path / "cpu", config, stage, None, CPU, weights)
     with exact_arithmetic("cuda"):
-        stage1_run(tmp_path / "gpu", config, stage, None, CUDA, vgg)
-    assert largest_difference(tmp_path / "gpu", tmp_path / "cpu") < 1e-4
+        stage1_run(tmp_path / "gpu", config, stage, None, CUDA, weights)
+    terms = (*TERMS, "perceptual_loss") if perceptual else TERMS
+    assert largest_difference(tmp_path / "gpu", tmp_path / "cpu", terms) < 1e-4
 
 
 def test_restarted_codes_are_those_of_the_cpu():
