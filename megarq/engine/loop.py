@@ -201,6 +201,6 @@ def _check_finite(step: int, values: Mapping[str, float]) -> None:
     if wrong:
         named = ", ".join(f"{name} is {value:g}" for name, value in wrong.items())
         raise DivergenceError(
-            f"step {step}: {named}; training stops, and nothing of this step is saved. Give the same command again with "
-            "a lower train.lr or a longer warm-up: it goes on from the last checkpoint, if there is one."
+            f"step {step}: {named}; training stops, and nothing of this step is saved. Give the same command again "
+            "with a lower train.lr or a longer warm-up: it goes on from the last checkpoint, if there is one."
         )

@@ -79,11 +79,9 @@ def test_a_short_seed_of_the_digits_is_stable_and_both_networks_learn(tmp_path):
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["reached"]["no divergence"] is True
     adversarial = found["runs"]["adversarial, 40 steps, seed 0"]
-    assert adversarial["reconstruction_accuracy"] > 0.5  # 0.1 by chance; 0.7 is measured
+    assert adversarial["reconstruction_accuracy"] > 0.6  # 0.7 is measured; by chance 0.1
     assert min(adversarial["perplexity_over_k"]) > 0.4
-    judged = [
-        line for line in lines_of(tmp_path / "runs/adversarial-x1-seed0") if line["discriminator_loss"] is not None
-    ]
-    assert len(judged) == 24 and adversarial["discriminator_loss"] < judged[0]["discriminator_loss"] - 0.1
+    joined = lines_of(tmp_path / "runs" / "adversarial-x1-seed0")[16]
+    assert adversarial["discriminator_loss"] < joined["discriminator_loss"] - 0.1
     assert adversarial["logits_real"] > adversarial["logits_fake"] + 0.2
     assert (tmp_path / "pictures.png").exists() and len(found["trainings"]) == 1
