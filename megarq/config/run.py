@@ -240,11 +240,12 @@ class RQVAELossConfig:
     discriminator_weight: float = 0.75
     """Weight of the discriminator's own loss."""
     discriminator_lr: float | None = None
-    """Peak learning rate of the discriminator, in the run's schedule; by default `train.lr`."""
+    """Peak learning rate of the discriminator, in the run's schedule, after a warm-up that begins when it joins in;
+    by default `train.lr`."""
     discriminator_start: int = 0
     """Optimiser steps before the discriminator joins in."""
     discriminator_warmup: int = 0
-    """Steps after that in which the generator's loss rises linearly to its weight."""
+    """Steps after it joined in which the generator's loss rises linearly to its weight."""
     discriminator_layers: int = 2
     """Convolutions of the discriminator that halve the resolution."""
     discriminator_channels: int = 64

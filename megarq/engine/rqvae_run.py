@@ -105,9 +105,11 @@ def train_rqvae(
     if first is not None:
         module.load_state_dict(first.state)
     notes += start_codebook(session, module, batches, new=first is None)
-    adversary = Adversary(module, config, session.groups, session.device) if config.loss.adversarial_weight else None
-    if first is not None and adversary is not None and first.discriminator:
-        adversary.take_weights(first.discriminator)
+    adversary = None
+    if config.loss.adversarial_weight:
+        adversary = Adversary(module, config, batches.samples_per_epoch, session.groups, session.device)
+        if first is not None and first.discriminator:
+            adversary.take_weights(first.discriminator)
     task = partial(
         RQVAETask,
         config=config,

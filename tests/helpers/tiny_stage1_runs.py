@@ -103,7 +103,9 @@ def stage1_run(
     session = Session.open(config, resolved, topology, run, CPU)
     torch.manual_seed(config.train.seed)
     module = RQVAE(config.model, session.groups.data, config.train.seed)
-    adversary = Adversary(module, config, session.groups, CPU) if config.loss.adversarial_weight else None
+    adversary = None
+    if config.loss.adversarial_weight:
+        adversary = Adversary(module, config, SAMPLES_PER_EPOCH, session.groups, CPU)
     batches = ImageBatches(topology.data_rank, topology.dp, session.start, kill_at)
     task = partial(
         RQVAETask,
