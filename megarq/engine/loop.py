@@ -1,7 +1,7 @@
 """The training loop. It knows steps, not models: what is trained is a Task."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,7 +72,8 @@ class RunPlan:
     accumulation: int
     metadata: Mapping[str, Any]
     """What a checkpoint says of its run beside the step: architecture and configuration."""
-    flops_per_image: float
+    flops_per_image: Callable[[int], float]
+    """To train on an image in a step, counted from 1."""
     peak_tflops: float | None
 
 
@@ -149,7 +150,7 @@ class Trainer:
             "mfu": None,
         }
         if plan.peak_tflops:
-            achieved = plan.flops_per_image * images_per_second / self.groups.topology.world_size
+            achieved = plan.flops_per_image(self.step) * images_per_second / self.groups.topology.world_size
             values["mfu"] = achieved / (plan.peak_tflops * 1e12)
         values |= {
             "memory_gib": memory_gib(self.device),

@@ -117,7 +117,7 @@ def stage1_run(
         adversary=adversary,
     )
     try:
-        session.train(module, decayed, task, batches, SAMPLES_PER_EPOCH, 1.0, beside=adversary)
+        session.train(module, decayed, task, batches, SAMPLES_PER_EPOCH, lambda step: 1.0, beside=adversary)
     except KilledError:
         assert kill_at is not None
     beside = adversary.tensors() if adversary is not None else {}
