@@ -1,8 +1,8 @@
 """The most memory that scoring takes: 50,000 pictures of 256x256 against as many, by all metrics of Inception.
 
-The pictures are hard links to a few real PNG files, so that all are read and decoded. Inception takes seconds for each
-batch on a CPU, so a stand-in gives 2,048 features and 1,008 logits in its place: everything else is what score.py runs.
-What the real network adds is measured apart, on one batch. Each measurement is a new process.
+The pictures are hard links to a few real PNG files, so that all are read and decoded. Inception has random weights, and
+takes seconds for each batch on a CPU: there a stand-in gives 2,048 features and 1,008 logits in its place, and what the
+network adds is measured apart, on one batch; everything else is what score.py runs. Each measurement is a new process.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scoring_protocols import random_weights
 from torch import Tensor
 
 from megarq import cli
@@ -49,6 +50,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--metrics", default="fid,is,kid,prc", help="metrics to compute (default fid,is,kid,prc)")
     parser.add_argument("--bootstrap", type=int, default=0, help="resamples (default none)")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures in one pass (default 64)")
+    parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda, where the network is the real one")
     parser.add_argument("--folder", type=Path, help="where the pictures are made; default: the temporary folder")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the result to this file")
     parser.add_argument("--here", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
@@ -66,16 +68,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         for part, seed in (("images", 0), ("reference", 1)):
             make_pictures(Path(name) / part, args.count, args.side, seed)
         make_pictures(Path(name) / "batch", args.batch_size, args.side, 2)
-        measured = {what: in_new_process(what, Path(name), args) for what in ("scoring", "inception")}
-    whole = measured["scoring"]["peak_gib"] + measured["inception"]["peak_gib"] - measured["inception"]["before_gib"]
+        steps = ("scoring",) if args.device == "cuda" else ("scoring", "inception")
+        measured = {what: in_new_process(what, Path(name), args) for what in steps}
     result = {
         "machine": describe_machine(),
         "command": f"python benchmarks/scoring_memory.py {shlex.join(sys.argv[1:])}".strip(),
         "pictures": f"{args.count} of {args.side}x{args.side} on either side, links to {DISTINCT} files each",
-        "network": "a stand-in of 2,048 features and 1,008 logits; Inception's own memory was measured on one batch",
         **measured,
-        "peak_gib_with_inception": round(whole, 2),
     }
+    if "inception" in measured:
+        alone = measured["inception"]["peak_gib"] - measured["inception"]["before_gib"]
+        result["network"] = "a stand-in of 2,048 features and 1,008 logits; Inception's memory is of one batch"
+        result["peak_gib_with_inception"] = round(measured["scoring"]["peak_gib"] + alone, 2)
     print(json.dumps(result, indent=2))
     if args.json:
         write_atomically(args.json, json.dumps(result, indent=2) + "\n")
@@ -98,11 +102,47 @@ def in_new_process(what: str, folder: Path, args: argparse.Namespace) -> dict[st
     """What a measurement of this script says of itself."""
     command = [sys.executable, __file__, "--here", what, str(folder), "--metrics", args.metrics]
     command += ["--batch-size", str(args.batch_size), "--bootstrap", str(args.bootstrap)]
+    command += ["--device", args.device]
     return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
 
 
 def score(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """All of score.py behind the stand-in."""
+    """All of score.py, on a CPU behind the stand-in."""
+    device = torch.device(args.device)
+    weights = {}
+    if device.type == "cuda":
+        weights["inception"] = random_weights(folder).path
+    else:
+        stand_in()
+    request = scoring.Request(
+        images=str(folder / "images"),
+        reference=str(folder / "reference"),
+        protocol=PROTOCOLS["rq-paper"],
+        metrics=tuple(args.metrics.split(",")),
+        device=device,
+        weights=weights,
+        bootstrap=args.bootstrap,
+        batch_size=args.batch_size,
+    )
+    before, start = peak_gib(), time.perf_counter()
+    scored = scoring.evaluate(request)
+    seconds = time.perf_counter() - start
+    measured = {
+        "count": scored.features.count,
+        "metrics": list(scored.metrics),
+        "before_gib": before,
+        "peak_gib": peak_gib(),
+        "seconds": round(seconds),
+    }
+    if device.type == "cuda":
+        measured["device"] = torch.cuda.get_device_name()
+        measured["peak_gib_on_device"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
+        measured["images_per_second"] = round(2 * args.count / seconds)
+    return measured
+
+
+def stand_in() -> None:
+    """Put features of next to no cost in Inception's place."""
     projection = torch.randn(3 * 16 * 16, 2048 + 1008, generator=torch.Generator().manual_seed(0)) / 16
 
     def build(name: str, protocol: Any, layers: Sequence[str], *_: Any) -> FeatureNetwork:
@@ -115,28 +155,11 @@ def score(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         return FeatureNetwork(name, tuple(layers), see, weights, 2048)
 
     scoring.build_network = build  # type: ignore[assignment]
-    scoring.find_weights = lambda *_: None  # type: ignore[assignment, return-value]
-    metrics = tuple(args.metrics.split(","))
-    request = scoring.Request(
-        *(str(folder / "images"), str(folder / "reference"), PROTOCOLS["rq-paper"], metrics, torch.device("cpu")),
-        bootstrap=args.bootstrap,
-        batch_size=args.batch_size,
-    )
-    before, start = peak_gib(), time.perf_counter()
-    scored = scoring.evaluate(request)
-    return {
-        "count": scored.features.count,
-        "metrics": list(scored.metrics),
-        "before_gib": before,
-        "peak_gib": peak_gib(),
-        "seconds": round(time.perf_counter() - start),
-    }
+    scoring.find_weights = lambda *_: None  # type: ignore[assignment]
 
 
 def pass_batch(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """One batch through the real network, with random weights."""
-    from scoring_protocols import random_weights
-
     protocol, device = PROTOCOLS["rq-paper"], torch.device("cpu")
     before = peak_gib()
     weights = random_weights(folder)

@@ -14,6 +14,7 @@ ranking.
 import heapq
 import math
 import sys
+import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -180,7 +181,6 @@ def draw_pictures(
             bar.show(0)
             with closing(drawer.samples(pictures.places[index], bar.show)) as samples:
                 pictures.write(index, samples)
-        bar.show(0)
     return pictures.finish()
 
 
@@ -266,17 +266,24 @@ class _Bar:
             mininterval=0.5 if sys.stderr.isatty() else 30,
             disable=quiet,
         )
+        self._shown = time.monotonic()
 
     def __enter__(self) -> "_Bar":
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._bar.disable:
+            self._update(0)
         self._bar.close()
 
     def show(self, here: int) -> None:
-        """Show where things stand, with `here` candidates drawn of the tar at work."""
-        if not self._bar.disable:
-            self._bar.update(self._done() + here - self._bar.n)
+        """Show where things stand, with `here` candidates drawn of the tar at work; lists the folder now and then."""
+        if not self._bar.disable and time.monotonic() - self._shown >= self._bar.mininterval:
+            self._update(here)
+
+    def _update(self, here: int) -> None:
+        self._shown = time.monotonic()
+        self._bar.update(self._done() + here - self._bar.n)
 
     def _done(self) -> int:
         return sum(self._costs[index] for index in self._pictures.done())

@@ -356,7 +356,7 @@ class _Measure:
         network, seen = self._seen(metric)
         theirs = self._statistics(network).features
         assert theirs is not None, "checked before the pass"
-        precision, recall = scores.precision_recall(seen, theirs)
+        precision, recall = scores.precision_recall(seen, theirs, self._request.device)
         told = {"interval": None, "network": network, "layer": LAYERS[network], "neighbours": scores.NEIGHBOURS}
         spread = NORMAL * (precision * (1 - precision) / len(seen)) ** 0.5
         exact = [precision - spread, precision + spread] if self._request.bootstrap else None

@@ -104,8 +104,8 @@ def kernel_distance(ours: Tensor, theirs: Tensor, settings: ScoreSettings) -> di
     }
 
 
-def precision_recall(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
-    """Share of X within the third-neighbour balls of Y, and of Y within those of X."""
+def precision_recall(ours: Tensor, theirs: Tensor, device: torch.device | str = "cpu") -> tuple[float, float]:
+    """Share of X within the third-neighbour balls of Y, and of Y within those of X; distances are taken on `device`."""
     least = min(len(ours), len(theirs))
     if least <= NEIGHBOURS:
         raise DataError(
@@ -114,7 +114,7 @@ def precision_recall(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
         )
     rows = _DISTANCE_BYTES // (16 * max(len(ours), len(theirs)))  # floats, their copy, and their places as int64
     scores = prc_features_to_metric(
-        *(ours, theirs),
+        *(ours.to(device), theirs.to(device)),
         prc_neighborhood=NEIGHBOURS,
         prc_batch_size=max(1, min(10_000, rows)),
         save_cpu_ram=True,

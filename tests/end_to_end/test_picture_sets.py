@@ -1,6 +1,5 @@
 """Picture sets drawn by the commands: on any number of ranks, killed and begun again, not a bit differs."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,29 +8,21 @@ from pathlib import Path
 
 import pytest
 from captioned_tars import contents
-from tiny_models import build_models, export_models, write_tokenizer
+from tiny_drawing import COUNT, TARS, drawing_command
 
 from megarq.data.picture_set import PictureSettings
-from tests.end_to_end.commands import ON_CPU, ROOT, call_ranks, start_ranks, succeed
+from tests.end_to_end.commands import ON_CPU, ROOT, call_ranks, start_ranks, succeed, typed
 
-COUNT, TARS = 48, 12
-PROMPTS = ["a seven", "two", "a small red two", "blue seven"]
 SECONDS = 120
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
-    """A tiny model of captions and what to draw with it, but for --output."""
-    folder = tmp_path_factory.mktemp("tiny")
-    model = export_models(build_models(), folder / "model", tokenizer_file=write_tokenizer(folder))
-    items = folder / "items.json"
-    items.write_text(json.dumps(PROMPTS * (COUNT // len(PROMPTS))))
-    size = ("--pictures-per-tar", COUNT // TARS, "--batch-size", 1, "--seed", 5)
-    return ("evaluation/coco.py", "--model", model, "--items", items, *size)
+def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    return drawing_command(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(command: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def undisturbed(command: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What one rank draws, as the deepspeed launcher starts it."""
     output = tmp_path_factory.mktemp("undisturbed") / "set"
     said = succeed(*command, "--output", output, "--local_rank=0").printed
@@ -41,7 +32,7 @@ def undisturbed(command: tuple[object, ...], tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_any_number_of_ranks_draws_the_same_bits(
-    command: tuple[object, ...], undisturbed: dict[str, bytes], tmp_path: Path, ranks: int
+    command: tuple[str, ...], undisturbed: dict[str, bytes], tmp_path: Path, ranks: int
 ) -> None:
     outcomes = call_ranks(*command, "--output", tmp_path / "set", ranks=ranks)
     assert [outcome.status for outcome in outcomes] == [0] * ranks, outcomes
@@ -50,9 +41,7 @@ def test_any_number_of_ranks_draws_the_same_bits(
     assert contents(tmp_path / "set") == undisturbed
 
 
-def test_torchrun_draws_the_same_bits(
-    command: tuple[object, ...], undisturbed: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_torchrun_draws_the_same_bits(command: tuple[str, ...], undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     launcher = Path(sys.executable).with_name("torchrun")
     started = [launcher, "--standalone", "--nproc_per_node", 2, *command, "--output", tmp_path / "set"]
     done = subprocess.run(
@@ -62,7 +51,14 @@ def test_torchrun_draws_the_same_bits(
     assert contents(tmp_path / "set") == undisturbed
 
 
-def killed(command: tuple[object, ...], output: Path, ranks: int, more: int) -> tuple[int, int]:
+def test_the_launcher_of_deepspeed_draws_the_same_bits(
+    command: tuple[str, ...], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    assert "complete" in typed(*command, "--output", tmp_path / "set", ranks=2)
+    assert contents(tmp_path / "set") == undisturbed
+
+
+def killed(command: tuple[str, ...], output: Path, ranks: int, more: int) -> tuple[int, int]:
     """Kill all ranks while they are at work with `more` tars done; (tars done, tars half made)."""
     wanted = len(list(output.glob("*.tar"))) + more
     forks = start_ranks(*command, "--output", output, ranks=ranks, log=output.with_suffix(".log"))
@@ -77,7 +73,7 @@ def killed(command: tuple[object, ...], output: Path, ranks: int, more: int) -> 
     return len(list(output.glob("*.tar"))), len(list(output.glob(".*.tar.tmp")))
 
 
-def test_two_kills_leave_no_trace(command: tuple[object, ...], undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+def test_two_kills_leave_no_trace(command: tuple[str, ...], undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     output = tmp_path / "set"
     kills = [killed(command, output, ranks, more=3) for ranks in (2, 1)]
     assert all(0 < done < TARS for done, _ in kills) and any(torn for _, torn in kills), (

@@ -18,10 +18,12 @@ from megarq.config.models import RQVAEConfig
 from megarq.config.run import CheckpointConfig, LogConfig, RQVAELossConfig, RQVAERunConfig, TrainConfig
 from megarq.data.order import LoaderState
 from megarq.engine.adversary import Adversary
+from megarq.engine.codebook_start import start_codebook
 from megarq.engine.rqvae_run import RQVAETask, decayed
 from megarq.engine.session import Session
 from megarq.engine.start import resolve_and_place
 from megarq.rqvae.model import RQVAE
+from megarq.rqvae.perceptual import LPIPS
 
 BATCH, SIDE = 8, 16
 SAMPLES_PER_EPOCH = 10 * BATCH
@@ -92,28 +94,36 @@ class ImageBatches:
 
 
 def stage1_run(
-    run: Path, config: RQVAERunConfig, stage: int = 1, kill_at: int | None = None
+    run: Path,
+    config: RQVAERunConfig,
+    stage: int = 1,
+    kill_at: int | None = None,
+    device: torch.device = CPU,
+    vgg: Path | None = None,
 ) -> dict[str, torch.Tensor]:
     """Start the run or go on with it, on all ranks of the default group; the run's folder holds what it wrote.
 
-    Returns this rank's last numbers: of the RQ-VAE, and of the discriminator with its moments.
+    `vgg` is VGG16's file, for a perceptual loss. Returns this rank's last numbers, on the CPU: of the RQ-VAE, and of
+    the discriminator with its moments.
     """
     ds = {"zero_optimization": {"stage": stage}}
     resolved, topology = resolve_and_place(config, ds, dist.get_world_size(), dist.get_rank())
-    session = Session.open(config, resolved, topology, run, CPU)
+    session = Session.open(config, resolved, topology, run, device)
     torch.manual_seed(config.train.seed)
     module = RQVAE(config.model, session.groups.data, config.train.seed)
+    batches = ImageBatches(topology.data_rank, topology.dp, session.start, kill_at)
+    start_codebook(session, module, batches, new=True)
     adversary = None
     if config.loss.adversarial_weight:
-        adversary = Adversary(module, config, SAMPLES_PER_EPOCH, session.groups, CPU)
-    batches = ImageBatches(topology.data_rank, topology.dp, session.start, kill_at)
+        adversary = Adversary(module, config, SAMPLES_PER_EPOCH, session.groups, device)
     task = partial(
         RQVAETask,
         config=config,
         validation=None,
         shown=batches,
         groups=session.groups,
-        device=CPU,
+        device=device,
+        perceptual=LPIPS(vgg) if vgg else None,
         adversary=adversary,
     )
     try:
@@ -121,4 +131,4 @@ def stage1_run(
     except KilledError:
         assert kill_at is not None
     beside = adversary.tensors() if adversary is not None else {}
-    return {name: tensor.detach().clone() for name, tensor in {**module.state_dict(), **beside}.items()}
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in {**module.state_dict(), **beside}.items()}
