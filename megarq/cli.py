@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from megarq.errors import ConfigError, MegarqError
+from megarq.errors import ConfigError, DivergenceError, MegarqError
 from megarq.launch.environment import read_environment
 
 SECONDS_FOR_RANK_ZERO = 5
@@ -18,13 +18,13 @@ OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 def run(main: Callable[[], None]) -> int:
     """Run a command and return its exit status: 0, 2 after printing a MegarqError on stderr, 130 when interrupted.
 
-    A ConfigError is the same on all ranks of a job, so rank 0 alone prints it.
+    A ConfigError or DivergenceError is the same on all ranks of a job, so rank 0 alone prints it.
     """
     rank = _rank()
     try:
         main()
     except MegarqError as error:
-        if rank == 0 or not isinstance(error, ConfigError):
+        if rank == 0 or not isinstance(error, ConfigError | DivergenceError):
             print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
         else:
             time.sleep(SECONDS_FOR_RANK_ZERO)  # a launcher ends all ranks with the first, and rank 0 must have spoken

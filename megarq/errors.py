@@ -13,5 +13,9 @@ class DataError(MegarqError):
     """Images, captions, code shards or tokenizers that are missing, damaged or do not fit each other."""
 
 
+class DivergenceError(MegarqError):
+    """A loss or gradient in training that is not a finite number any more; the same on all ranks."""
+
+
 class CheckpointError(MegarqError):
     """A checkpoint or exported model that is missing, incomplete, damaged or of another model."""

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = load_config(args.model, args.overrides, "rq-vae")
     check = partial(check_rqvae_run, config, perceptual_weights=args.perceptual_weights)
     with joined_session(config, args.ds_config, args.output, check) as session:
-        flops = rqvae_training_flops(config.model)
+        flops = partial(rqvae_training_flops, config)
         train_rqvae(session, args.data, args.validation_data, flops, args.perceptual_weights, init)
 
 

@@ -240,11 +240,12 @@ class RQVAELossConfig:
     discriminator_weight: float = 0.75
     """Weight of the discriminator's own loss."""
     discriminator_lr: float | None = None
-    """Peak learning rate of the discriminator, in the run's schedule; by default `train.lr`."""
+    """Peak learning rate of the discriminator, in the run's schedule, after a warm-up that begins when it joins in;
+    by default `train.lr`."""
     discriminator_start: int = 0
     """Optimiser steps before the discriminator joins in."""
     discriminator_warmup: int = 0
-    """Steps after that in which the generator's loss rises linearly to its weight."""
+    """Steps after it joined in which the generator's loss rises linearly to its weight."""
     discriminator_layers: int = 2
     """Convolutions of the discriminator that halve the resolution."""
     discriminator_channels: int = 64
@@ -293,19 +294,22 @@ class HealthConfig:
     every: int = 100
     """Steps over which codes are counted before usage, perplexity and dead codes are told."""
     usage_floor: float = 0.5
-    """Warn where a depth uses fewer codes than this share of the most that it has used; 0 turns it off."""
+    """Warn where a codebook uses fewer codes than this share of the most that it has used; 0 turns it off."""
+    perplexity_floor: float = 0.1
+    """Warn where a codebook's perplexity is below this share of its codes, from the second look on; 0 turns it off."""
     smoothing: int = 100
     """Steps over which the losses and logits below are averaged; nothing is judged before there are so many."""
     reconstruction_rise: float | None = 2.0
     """Warn where the averaged reconstruction loss is above so many times its best; null turns it off."""
     logits: float | None = None
-    """Warn where the averaged logits of real and reconstructed pictures are both beyond this, on their own sides of 0;
+    """Warn where the averaged logits of real and reconstructed pictures are more than twice this apart;
     by default 1 with the hinge loss, which ends there, and 4 with the vanilla one."""
 
     def validate(self) -> None:
         """Raise ConfigError where a value cannot be run."""
         counts = dict.fromkeys(("every", "smoothing"), COUNT)
-        check_ranges("health", self, **counts, usage_floor=SHARE, reconstruction_rise=Range(1), logits=POSITIVE)
+        floors = dict.fromkeys(("usage_floor", "perplexity_floor"), SHARE)
+        check_ranges("health", self, **counts, **floors, reconstruction_rise=Range(1), logits=POSITIVE)
 
 
 @dataclass

@@ -13,6 +13,7 @@ Shapes: B batch, R resolution.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from megarq.checkpoint.format import Checkpoint, Fragment
 from megarq.config.run import RQVAERunConfig
 from megarq.engine.fragments import MOMENTS
 from megarq.engine.passes import PlainPasses, Terms
+from megarq.engine.schedule import learning_rate, run_length
 from megarq.errors import CheckpointError
 from megarq.parallel.topology import ProcessGroups, TensorGroup
 from megarq.rqvae.discriminator import DISCRIMINATOR_LOSSES, Discriminator, generator_loss
@@ -37,10 +39,16 @@ class Adversary:
     """What its tensors' names begin with in a checkpoint."""
     terms = ("generator_loss", "adaptive_weight", "discriminator_loss", "logits_real", "logits_fake")
 
-    def __init__(self, model: RQVAE, config: RQVAERunConfig, groups: ProcessGroups, device: torch.device) -> None:
-        """A new discriminator of the images that `model`, on any device, reconstructs; the same on all ranks."""
+    def __init__(
+        self, model: RQVAE, config: RQVAERunConfig, samples: int, groups: ProcessGroups, device: torch.device
+    ) -> None:
+        """A new discriminator of the images that `model`, on any device, reconstructs; the same on all ranks.
+
+        `samples` are those of an epoch, for lengths given in epochs.
+        """
         loss, train, topology = config.loss, config.train, groups.topology
-        self._loss, self._clip, self._peak = loss, train.clip, train.lr
+        self._loss, self._length = loss, run_length(train, samples)
+        self._train = replace(train, lr=loss.discriminator_lr or train.lr)
         self._group, self._ranks = groups.data, topology.dp
         self._discriminator_loss = DISCRIMINATOR_LOSSES[loss.adversarial]
         self.discriminator = Discriminator(
@@ -62,6 +70,11 @@ class Adversary:
     def active(self) -> bool:
         """Whether this step of the run has the adversarial terms."""
         return self._step >= self._loss.discriminator_start
+
+    @property
+    def _updates(self) -> int:
+        """How many the discriminator has had; its warm-ups count them."""
+        return int(self._optimizer.state[self._flat]["step"])
 
     def losses(self, images: Tensor, output: RQVAEOutput, loss: RQVAELoss) -> Terms:
         """All terms of a micro-batch [B, 3, R, R], "loss" for the engine to go backward from; collective.
@@ -94,16 +107,17 @@ class Adversary:
         return {"loss": value.detach() + pull - pull.detach(), **{k: v.detach() for k, v in terms.items()}}
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """Move the discriminator, once the engine has made a step at learning rate `rate`; collective."""
+    def step(self) -> None:
+        """Move the discriminator, once the engine has made a step; collective."""
         if self._micro_batches:
             gradient = self._flat.grad
             assert gradient is not None
             dist.all_reduce(gradient, group=self._group)
             gradient /= self._micro_batches * self._ranks
-            if self._clip:
-                gradient *= (self._clip / (gradient.norm() + 1e-6)).clamp(max=1)
-            self._optimizer.param_groups[0]["lr"] = rate * (self._loss.discriminator_lr or self._peak) / self._peak
+            if self._train.clip:
+                gradient *= (self._train.clip / (gradient.norm() + 1e-6)).clamp(max=1)
+            joined = self._step - self._updates
+            self._optimizer.param_groups[0]["lr"] = learning_rate(self._step, *self._length, self._train, joined)
             self._optimizer.step()
             gradient.zero_()
         self._step, self._micro_batches = self._step + 1, 0
@@ -136,7 +150,7 @@ class Adversary:
 
     def metadata(self) -> dict[str, Any]:
         """Updates that its optimiser has made."""
-        return {"discriminator_step": int(self._optimizer.state[self._flat]["step"])}
+        return {"discriminator_step": self._updates}
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
@@ -166,9 +180,8 @@ class Adversary:
         return adaptive_weight(*(both / self._ranks))
 
     def _warmth(self) -> float:
-        """How much of its weight the generator's loss has, rising from 0 to 1 after the start."""
-        since = self._step - self._loss.discriminator_start + 1
-        return min(1.0, since / max(1, self._loss.discriminator_warmup))
+        """How much of its weight the generator's loss has, rising from 0 to 1 once the discriminator has joined."""
+        return min(1.0, (self._updates + 1) / max(1, self._loss.discriminator_warmup))
 
 
 class AdversarialPasses(PlainPasses):
@@ -182,7 +195,7 @@ class AdversarialPasses(PlainPasses):
     def train(self, micro_batches: Sequence[Any], seeds: Sequence[int]) -> Terms:
         """One step of both optimisers."""
         terms = super().train(micro_batches, seeds)
-        self._adversary.step(self._engine.optimizer.param_groups[0]["lr"])
+        self._adversary.step()
         return terms
 
 

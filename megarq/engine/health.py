@@ -29,7 +29,7 @@ class Health:
         self._shared = config.model.shared_codebook
         self._counts = CodeCounts(config.model.sizes, device)
         self._steps = 0
-        self._alarms = Alarms(config.health, config.loss.adversarial)
+        self._alarms = Alarms(config.health, config.loss.adversarial, config.model.sizes)
         for values in history:
             self._alarms.see(values)
 

@@ -1,6 +1,7 @@
 """The training loop. It knows steps, not models: what is trained is a Task."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from megarq.engine.metrics import Findings, MetricsLog, Speed, console_line, mem
 from megarq.engine.passes import Passes
 from megarq.engine.schedule import learning_rate
 from megarq.engine.state import EngineState
+from megarq.errors import DivergenceError
 from megarq.parallel.initialization import derived_seed
 from megarq.parallel.topology import ProcessGroups
 
@@ -70,7 +72,8 @@ class RunPlan:
     accumulation: int
     metadata: Mapping[str, Any]
     """What a checkpoint says of its run beside the step: architecture and configuration."""
-    flops_per_image: float
+    flops_per_image: Callable[[int], float]
+    """To train on an image in a step, counted from 1."""
     peak_tflops: float | None
 
 
@@ -95,7 +98,10 @@ class Trainer:
         self._speed = Speed()
 
     def fit(self, batches: Iterable[Batch]) -> None:
-        """Train until the plan's last step; every rank calls this together."""
+        """Train until the plan's last step; every rank calls this together.
+
+        Raises DivergenceError on all ranks where a loss or the gradient is not finite.
+        """
         plan = self.plan
         iterator = iter(batches)
         self._speed.skip()
@@ -103,6 +109,7 @@ class Trainer:
             batch = next(iterator)
             terms = self._update(batch)
             self.step += 1
+            _check_finite(self.step, terms)
             self._report(terms, batch)
             last = self.step == plan.steps
             if plan.log.validate_every and (last or self.step % plan.log.validate_every == 0):
@@ -143,7 +150,7 @@ class Trainer:
             "mfu": None,
         }
         if plan.peak_tflops:
-            achieved = plan.flops_per_image * images_per_second / self.groups.topology.world_size
+            achieved = plan.flops_per_image(self.step) * images_per_second / self.groups.topology.world_size
             values["mfu"] = achieved / (plan.peak_tflops * 1e12)
         values |= {
             "memory_gib": memory_gib(self.device),
@@ -184,3 +191,17 @@ class Trainer:
         }
         self.writer.save(self.step, self.state.tensors(), metadata)
         self._speed.skip()
+
+
+def _check_finite(step: int, values: Mapping[str, float]) -> None:
+    """Raise DivergenceError where a loss or the gradient's norm, the same on all ranks, is not a finite number."""
+    # Where the engine does not look for overflows, -1 is the norm of a gradient that is not finite.
+    wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if values["grad_norm"] < 0:
+        wrong["grad_norm"] = math.inf
+    if wrong:
+        named = ", ".join(f"{name} is {value:g}" for name, value in wrong.items())
+        raise DivergenceError(
+            f"step {step}: {named}; training stops, and nothing of this step is saved. Give the same command again "
+            "with a lower train.lr or a longer warm-up: it goes on from the last checkpoint, if there is one."
+        )

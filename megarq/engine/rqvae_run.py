@@ -1,6 +1,6 @@
 """Stage 1: training the RQ-VAE on images, with reconstruction, commitment, perceptual and adversarial losses."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarq.config.deepspeed import zero_stage
+from megarq.config.deepspeed import batch_sizes, zero_stage
 from megarq.config.run import RQVAERunConfig
 from megarq.data.image_sources import open_images
 from megarq.data.images import ImageBatch, ImageLoader
@@ -69,7 +69,7 @@ def train_rqvae(
     session: Session,
     data: Sequence[str],
     validation: Sequence[str],
-    flops_per_image: float,
+    flops_per_image: Callable[[int], float],
     perceptual_weights: str | Path | None = None,
     init_from: InitFrom | None = None,
 ) -> None:
@@ -79,7 +79,7 @@ def train_rqvae(
         session: this rank of the run; its config is an RQVAERunConfig.
         data: where pictures are, as `open_images` reads it.
         validation: where held-out pictures are; none for no validation.
-        flops_per_image: of a training step.
+        flops_per_image: to train on an image in a step, which is less before the discriminator joins in.
         perceptual_weights: file of VGG16 for the perceptual loss; by default the one in torch's cache.
         init_from: what a new run starts from in place of random weights.
     """
@@ -105,9 +105,17 @@ def train_rqvae(
     if first is not None:
         module.load_state_dict(first.state)
     notes += start_codebook(session, module, batches, new=first is None)
-    adversary = Adversary(module, config, session.groups, session.device) if config.loss.adversarial_weight else None
-    if first is not None and adversary is not None and first.discriminator:
-        adversary.take_weights(first.discriminator)
+    adversary = None
+    if config.loss.adversarial_weight:
+        adversary = Adversary(module, config, batches.samples_per_epoch, session.groups, session.device)
+        if first is not None and first.discriminator:
+            adversary.take_weights(first.discriminator)
+        micro_batch, accumulation = batch_sizes(config.train, topology.dp)
+        if accumulation > 1:
+            notes.append(
+                f"lambda and the discriminator's BatchNorm are those of each of {accumulation} micro-batches, of "
+                f"{micro_batch * topology.dp} pictures on all ranks, not those of the whole batch"
+            )
     task = partial(
         RQVAETask,
         config=config,

@@ -5,14 +5,16 @@ from math import cos, pi
 from megarq.config.run import TrainConfig
 
 
-def learning_rate(step: int, total: int, warmup: int, config: TrainConfig) -> float:
-    """Rate of update `step` (0-based) of `total`: linear from 0 in the first `warmup`, then cosine to 0 or constant."""
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    if config.schedule == "constant":
-        return config.lr
+def learning_rate(step: int, total: int, warmup: int, config: TrainConfig, joined: int = 0) -> float:
+    """Rate of update `step` (0-based) of `total`: linear from 0 in the first `warmup`, then cosine to 0 or constant.
+
+    What joins the run in update `joined` has a warm-up of its own, under the same cosine.
+    """
+    peak = config.lr * min(1.0, (step - joined + 1) / max(1, warmup))
+    if step < warmup or config.schedule == "constant":
+        return peak
     progress = (step - warmup) / max(1, total - warmup)
-    return config.lr * 0.5 * (1 + cos(pi * progress))
+    return peak * 0.5 * (1 + cos(pi * progress))
 
 
 def run_length(config: TrainConfig, samples: int) -> tuple[int, int]:

@@ -95,7 +95,7 @@ class Session:
         make_task: Callable[[Any], Task],
         batches: Iterable[Batch],
         samples_per_epoch: int,
-        flops_per_image: float,
+        flops_per_image: Callable[[int], float],
         metadata: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
         beside: Beside | None = None,
@@ -108,7 +108,7 @@ class Session:
             make_task: from the engine to the task.
             batches: this rank's shares of the global batches, from `start` on.
             samples_per_epoch: for lengths given in epochs.
-            flops_per_image: of a training step, for the MFU.
+            flops_per_image: to train on an image in a step, for the MFU.
             metadata: what else every checkpoint should say.
             notes: lines for the log, said when the run opens.
             beside: what the task trains beside the engine.
@@ -171,7 +171,7 @@ class Session:
         """What computes, and what the MFU is held against."""
         kernels = choose_kernels(self.config.train.kernels, self.device, self.ds).describe()
         peak = "unknown" if plan.peak_tflops is None else f"{plan.peak_tflops:g} TFLOP/s (dense {self.products})"
-        cost = f"{plan.flops_per_image / 1e9:.4g} GFLOP to train on an image"
+        cost = f"{plan.flops_per_image(plan.steps) / 1e9:.4g} GFLOP to train on an image"
         return f"{kernels} | mfu against a device's peak: {peak} | {cost}"
 
 

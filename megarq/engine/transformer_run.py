@@ -76,7 +76,9 @@ def train_transformer(
     notes = [] if session.checkpoint is None else changed_data(session.checkpoint.metadata.get("data"), train_data)
     if topology.pp > 1:
         notes.append(describe_pipeline(layer_flops, topology.pp, batch_sizes(config.train, topology.dp)[1]))
-    session.train(module, decayed, task, loader, loader.samples_per_epoch, flops_per_image, trained_on, notes)
+    session.train(
+        module, decayed, task, loader, loader.samples_per_epoch, lambda step: flops_per_image, trained_on, notes
+    )
 
 
 def build_transformer(

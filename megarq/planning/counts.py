@@ -5,6 +5,7 @@ Legend: T positions, D depth, L condition length, E width, K codebook size, C co
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megarq.config.models import RQTransformerConfig, RQVAEConfig, StackConfig
 
@@ -160,6 +161,26 @@ def _middle(channels: int, side: int) -> Iterator[Layer]:
     yield from _block(channels, channels, side)
     yield from _attention(channels, side)
     yield from _block(channels, channels, side)
+
+
+def discriminator_layers(channels: int, filters: int, layers: int, side: int) -> Iterator[Convolution]:
+    """The discriminator's convolutions of 4x4, for images of height and width `side`."""
+    widths = [channels, *(filters * min(2**level, 8) for level in range(layers + 1)), 1]
+    for number, (inputs, outputs) in enumerate(pairwise(widths)):
+        side = side // 2 if number < layers else side - 1
+        yield Convolution(inputs, outputs, 4, side)
+
+
+def perceptual_layers(side: int) -> tuple[list[Convolution], list[Convolution]]:
+    """LPIPS for images of height and width `side`: VGG16's convolutions, and those of 1x1 that weight five of them."""
+    network, weights, inputs = [], [], 3
+    for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(count):
+            network.append(Convolution(inputs, width, 3, side))
+            inputs = width
+        weights.append(Convolution(width, 1, 1, side))
+        side //= 2
+    return network, weights
 
 
 def layer_parameters(layer: Layer) -> int:

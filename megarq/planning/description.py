@@ -11,8 +11,8 @@ from math import prod
 from typing import Any
 
 from megarq.config.load import RunConfig, config_to_dict
-from megarq.config.models import RQTransformerConfig, RQVAEConfig
-from megarq.config.run import RQTransformerRunConfig
+from megarq.config.models import RQTransformerConfig
+from megarq.config.run import RQTransformerRunConfig, RQVAERunConfig
 from megarq.planning.counts import Parameters, rqvae_parameters, transformer_parameters
 from megarq.planning.flops import (
     rqvae_flops,
@@ -27,10 +27,7 @@ HYPERPARAMETERS = ("train", "objective", "loss", "data", "sampling")
 
 def describe(name: str, config: RunConfig) -> dict[str, Any]:
     """Everything on the page, as plain values; counts are of numbers, FLOPs of one image, shapes with their letters."""
-    if isinstance(config, RQTransformerRunConfig):
-        facts = _transformer_facts(config.model)
-    else:
-        facts = _rqvae_facts(config.model)
+    facts = _transformer_facts(config.model) if isinstance(config, RQTransformerRunConfig) else _rqvae_facts(config)
     settings = config_to_dict(config)
     return {
         "name": name,
@@ -66,7 +63,8 @@ def _transformer_facts(model: RQTransformerConfig) -> dict[str, Any]:
     }
 
 
-def _rqvae_facts(model: RQVAEConfig) -> dict[str, Any]:
+def _rqvae_facts(config: RQVAERunConfig) -> dict[str, Any]:
+    model, joined = config.model, config.loss.discriminator_start + 1
     height, width, depth = model.code_shape
     image = ["B", model.image_channels, model.resolution, model.resolution]
     return {
@@ -79,7 +77,7 @@ def _rqvae_facts(model: RQVAEConfig) -> dict[str, Any]:
             "codebook [K, C]": [max(model.sizes), model.codebook_dim],
         },
         "tokens_per_image": {"codes": prod(model.code_shape)},
-        "flops_per_image": _flops(rqvae_flops(model), rqvae_training_flops(model)),
+        "flops_per_image": _flops(rqvae_flops(model), rqvae_training_flops(config, joined)),
         "bytes_per_image": _bytes(model.code_shape, model.codebook_dim),
     }
 

@@ -11,7 +11,16 @@ Legend: T positions, D depth, L condition length, E width, K codebook size, C co
 from collections.abc import Iterable
 
 from megarq.config.models import RQTransformerConfig, RQVAEConfig
-from megarq.planning.counts import Attention, Convolution, Layer, decoder_layers, encoder_layers
+from megarq.config.run import RQVAERunConfig
+from megarq.planning.counts import (
+    Attention,
+    Convolution,
+    Layer,
+    decoder_layers,
+    discriminator_layers,
+    encoder_layers,
+    perceptual_layers,
+)
 
 TRAINING_FACTOR = 3
 
@@ -77,10 +86,38 @@ def rqvae_flops(config: RQVAEConfig) -> dict[str, int]:
     }
 
 
-def rqvae_training_flops(config: RQVAEConfig) -> int:
-    """Forward and backward of one image, without LPIPS and discriminator; the search has no backward."""
-    parts = rqvae_flops(config)
-    return TRAINING_FACTOR * (parts["encoder"] + parts["decoder"]) + parts["quantizer"]
+def rqvae_training_flops(config: RQVAERunConfig, step: int) -> int:
+    """Forward and backward of one image in a step, counted from 1, with LPIPS and a discriminator that has joined in.
+
+    The search has no backward.
+    """
+    parts = rqvae_flops(config.model)
+    total = TRAINING_FACTOR * (parts["encoder"] + parts["decoder"]) + parts["quantizer"]
+    if config.loss.perceptual_weight:
+        total += perceptual_training_flops(config.model.resolution)
+    if config.loss.adversarial_weight and step > config.loss.discriminator_start:
+        total += adversarial_training_flops(config)
+    return total
+
+
+def perceptual_training_flops(resolution: int) -> int:
+    """LPIPS of an image and its reconstruction, which alone goes backward; its frozen weights have no gradients."""
+    network, weights = map(_layer_flops, perceptual_layers(resolution))
+    return 3 * network + 2 * weights
+
+
+def adversarial_training_flops(config: RQVAERunConfig) -> int:
+    """The discriminator and lambda on one image.
+
+    The image and its reconstruction go forward; the generator's loss goes backward to the reconstruction, and the
+    discriminator's to the weights of both passes, for which the first layer needs no gradient of its inputs. For
+    lambda the decoder's last convolution has the gradients of its weights twice.
+    """
+    loss, model = config.loss, config.model
+    sizes = model.image_channels, loss.discriminator_channels, loss.discriminator_layers, model.resolution
+    first, *others = discriminator_layers(*sizes)
+    *_, last = decoder_layers(model)
+    return 5 * _layer_flops([first]) + 7 * _layer_flops(others) + 2 * _layer_flops([last])
 
 
 def _layer_flops(layers: Iterable[Layer]) -> int:

@@ -16,7 +16,8 @@ from megarq.errors import ConfigError
 from megarq.rqvae.model import RQVAEOutput
 
 RECONSTRUCTION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "l1": F.l1_loss}
-_LARGEST_WEIGHT = 1e4
+LARGEST_WEIGHT = 1e4
+"""Where lambda is clamped."""
 _EPS = 1e-4
 
 
@@ -78,4 +79,4 @@ def adaptive_weight(image_gradient: Tensor, generator_gradient: Tensor) -> Tenso
 
     The gradients must be those of the whole batch: of all ranks.
     """
-    return (image_gradient.norm() / (generator_gradient.norm() + _EPS)).clamp(0, _LARGEST_WEIGHT)
+    return (image_gradient.norm() / (generator_gradient.norm() + _EPS)).clamp(0, LARGEST_WEIGHT)

@@ -76,13 +76,16 @@ def test_a_run_goes_on_with_another_number_of_ranks(rank_group, tmp_path, first,
 
 
 def test_a_discriminator_can_join_a_run_that_had_none(rank_group, run):
-    config = tiny_stage1(STEPS, SAVED_AT)
+    config = tiny_stage1(STEPS, SAVED_AT, loss={"discriminator_warmup": 2})
     without = replace(config, loss=replace(config.loss, adversarial_weight=0.0))
     rank_group(2).run(stage1_run, run, without, 1, KILLED_AT)
     rank_group(2).run(stage1_run, run, config)
     lines = metrics_of(run)
     assert [line.get("generator_loss") is None for line in lines] == [True] * SAVED_AT + [False] * (STEPS - SAVED_AT)
     assert checkpoint_at(run).metadata["discriminator_step"] == STEPS - SAVED_AT
+    for line, share in zip(lines[SAVED_AT:], (0.5, 1.0, 1.0), strict=True):
+        pull = share * 0.75 * line["adaptive_weight"] * line["generator_loss"]
+        assert line["loss"] == pytest.approx(line["reconstruction_loss"] + line["commitment_loss"] + pull, rel=1e-4)
 
 
 def test_a_discriminator_can_leave_a_run(rank_group, run):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_runs import CPU
-from tiny_stage1_runs import global_images, tiny_stage1
+from tiny_stage1_runs import BATCH, global_images, tiny_stage1
 from torch import Tensor, nn
 
 from megarq.config.run import RQVAERunConfig
@@ -21,8 +21,6 @@ from megarq.rqvae.discriminator import (
 from megarq.rqvae.losses import RQVAELoss
 from megarq.rqvae.model import RQVAE
 
-RATE = 5e-4
-"""Learning rate of the engine in this step, half of its peak."""
 DISCRIMINATOR_LR = 4e-3
 
 
@@ -101,12 +99,13 @@ def by_hand(model: RQVAE, judge: Discriminator, images: Tensor, config: RQVAERun
 def adversarial_step(adversarial: str) -> None:
     """One step of an Adversary without an engine, against the same by hand."""
     options = {"adversarial": adversarial, "discriminator_start": 0, "discriminator_warmup": 4}
-    config = tiny_stage1(1, loss=options | {"discriminator_lr": DISCRIMINATOR_LR}, clip=0.01)
+    options |= {"discriminator_lr": DISCRIMINATOR_LR}
+    config = tiny_stage1(1, loss=options, clip=0.01, warmup_steps=2)
     torch.manual_seed(0)
     model = RQVAE(config.model).train()
     model.quantizer.eval()  # the codebook stays for the second forward pass
     groups = ProcessGroups.build(Topology(dist.get_world_size(), dist.get_rank()))
-    adversary = Adversary(model, config, groups, CPU)
+    adversary = Adversary(model, config, BATCH, groups, CPU)
     judge = Discriminator(filters=config.loss.discriminator_channels, seed=config.train.seed)
     terms, gradients, judged = by_hand(model, judge, global_images(0), config, warmth=0.25)
 
@@ -125,7 +124,7 @@ def adversarial_step(adversarial: str) -> None:
         parameter.grad = gradient
     assert nn.utils.clip_grad_norm_(judge.parameters(), config.train.clip) > config.train.clip
     torch.optim.Adam(judge.parameters(), DISCRIMINATOR_LR / 2, (0.5, 0.9)).step()
-    adversary.step(RATE)
+    adversary.step()
     moments = adversary.tensors()
     for name, parameter in judge.named_parameters():
         torch.testing.assert_close(
@@ -149,11 +148,11 @@ def accumulated(micro_batches: int) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model = RQVAE(config.model).train()
     model.quantizer.eval()
-    adversary = Adversary(model, config, ProcessGroups.build(Topology()), CPU)
+    adversary = Adversary(model, config, BATCH, ProcessGroups.build(Topology()), CPU)
     adversary.discriminator.eval()
     for images in global_images(0).chunk(micro_batches):
         adversary.losses(images, model(images), RQVAELoss())
-    adversary.step(RATE)
+    adversary.step()
     return {name: value.clone() for name, value in adversary.tensors().items() if name.startswith("exp_avg/")}
 
 
@@ -163,10 +162,31 @@ def test_micro_batches_add_up_to_the_gradient_of_the_batch(rank_group):
         torch.testing.assert_close(halves[name], value, rtol=1e-4, atol=1e-7, msg=name)
 
 
+def first_moves(start: int) -> float:
+    """How far any weight goes in the first update of a discriminator that joins at this step; Adam's is the rate."""
+    options = {"discriminator_start": start, "discriminator_lr": DISCRIMINATOR_LR}
+    config = tiny_stage1(20, loss=options, warmup_steps=4, schedule="constant")
+    model = RQVAE(config.model).train()
+    adversary = Adversary(model, config, BATCH, ProcessGroups.build(Topology()), CPU)
+    for _ in range(start):
+        adversary.step()
+    before = {name: weight.clone() for name, weight in adversary.discriminator.named_parameters()}
+    adversary.losses(global_images(0), model(global_images(0)), RQVAELoss())
+    adversary.step()
+    return max(
+        float((weight - before[name]).abs().max()) for name, weight in adversary.discriminator.named_parameters()
+    )
+
+
+@pytest.mark.parametrize("start", [0, 2, 10])
+def test_the_warmup_of_the_discriminators_rate_begins_when_it_joins(rank_group, start):
+    assert rank_group(1).run(first_moves, start) == [pytest.approx(DISCRIMINATOR_LR / 4, rel=1e-3)]
+
+
 def weights_taken(change: str) -> None:
     """An Adversary that starts from another's state dict, changed."""
     config = tiny_stage1(1)
-    adversary = Adversary(RQVAE(config.model), config, ProcessGroups.build(Topology()), CPU)
+    adversary = Adversary(RQVAE(config.model), config, BATCH, ProcessGroups.build(Topology()), CPU)
     state = Discriminator(filters=config.loss.discriminator_channels, seed=99).state_dict()
     if change:
         state[f"main.{change}"] = state.pop("main.3.weight")

@@ -77,7 +77,8 @@ def trained(run: Path, data: Path, init: InitFrom, config: RQVAERunConfig) -> st
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
-            train_rqvae(Session.open(config, resolved, topology, run, CPU), [str(data)], [], 1.0, init_from=init)
+            session = Session.open(config, resolved, topology, run, CPU)
+            train_rqvae(session, [str(data)], [], lambda step: 1.0, init_from=init)
     except MegarqError as error:
         return f"{type(error).__name__}: {error}"
     return said.getvalue()

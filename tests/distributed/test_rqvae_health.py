@@ -62,10 +62,10 @@ def session_of(run: Path, config: RQVAERunConfig) -> Session:
 
 
 def train(run: Path, data: Path, config: RQVAERunConfig, init: InitFrom | None = None, held_out: bool = True) -> str:
-    """Train on the pictures, which by default are held out too; what rank 0 said."""
+    """Train on the pictures, which by default are held out too, in as many FLOPs as steps; what rank 0 said."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        train_rqvae(session_of(run, config), [str(data)], [str(data)] * held_out, 1.0, init_from=init)
+        train_rqvae(session_of(run, config), [str(data)], [str(data)] * held_out, float, init_from=init)
     return said.getvalue()
 
 
@@ -152,6 +152,24 @@ def test_the_codes_of_all_micro_batches_and_ranks_are_counted(rank_group, tmp_pa
     expected = [[EVERY * config.train.global_batch_size * height * width] * depth] * (STEPS // EVERY)
     for windows in rank_group(ranks).run(train_and_count, tmp_path / "run", pictures, config):
         assert windows == expected
+
+
+@pytest.mark.parametrize(("micro_batch", "weight", "told"), [(2, 0.75, True), (None, 0.75, False), (2, 0.0, False)])
+def test_what_micro_batches_change_for_a_discriminator_is_told(rank_group, run, pictures, micro_batch, weight, told):
+    config = config_of(1)
+    config.train.micro_batch_size, config.loss.adversarial_weight = micro_batch, weight
+    said = rank_group(2).run(train, run, pictures, config)[0]
+    assert ("BatchNorm are those of each of 2 micro-batches, of 4 pictures on all ranks" in said) == told
+
+
+def test_the_mfu_has_the_flops_of_its_step(rank_group, run, pictures):
+    config = config_of()
+    config.log.peak_tflops = 1e-12
+    rank_group(2).run(train, run, pictures, config)
+    steps = [line for line in metrics_of(run) if "loss" in line]
+    assert [line["mfu"] for line in steps] == [
+        pytest.approx(line["step"] * line["images_per_second"] / 2) for line in steps
+    ]
 
 
 @pytest.fixture

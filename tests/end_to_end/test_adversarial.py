@@ -66,7 +66,7 @@ def test_the_discriminator_is_in_the_checkpoint_and_not_in_the_model(run):
     assert not any("discriminator" in name for name in model.state_dict())
 
 
-def test_a_short_seed_of_the_digits_is_stable(tmp_path):
+def test_a_short_seed_of_the_digits_is_stable_and_both_networks_learn(tmp_path):
     short = (
         "train.steps=40",
         "train.global_batch_size=8",
@@ -79,6 +79,9 @@ def test_a_short_seed_of_the_digits_is_stable(tmp_path):
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["reached"]["no divergence"] is True
     adversarial = found["runs"]["adversarial, 40 steps, seed 0"]
-    assert adversarial["mean_squared_error"] < 0.3 and min(adversarial["perplexity_over_k"]) > 0.2
-    assert adversarial["discriminator_loss"] < 1.5
+    assert adversarial["reconstruction_accuracy"] > 0.6  # 0.7 is measured; by chance 0.1
+    assert min(adversarial["perplexity_over_k"]) > 0.4
+    joined = lines_of(tmp_path / "runs" / "adversarial-x1-seed0")[16]
+    assert adversarial["discriminator_loss"] < joined["discriminator_loss"] - 0.1
+    assert adversarial["logits_real"] > adversarial["logits_fake"] + 0.2
     assert (tmp_path / "pictures.png").exists() and len(found["trainings"]) == 1

@@ -198,7 +198,7 @@ def engine_run(
     )
     batches = Batches(config, topology.data_rank, topology.dp, session.start, kill_at)
     try:
-        session.train(model, decayed, task, batches, SAMPLES_PER_EPOCH, 1.0)
+        session.train(model, decayed, task, batches, SAMPLES_PER_EPOCH, lambda step: 1.0)
     except KilledError:
         assert kill_at is not None
     return weights

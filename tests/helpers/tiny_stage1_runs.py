@@ -113,7 +113,9 @@ def stage1_run(
     module = RQVAE(config.model, session.groups.data, config.train.seed)
     batches = ImageBatches(topology.data_rank, topology.dp, session.start, kill_at)
     start_codebook(session, module, batches, new=True)
-    adversary = Adversary(module, config, session.groups, device) if config.loss.adversarial_weight else None
+    adversary = None
+    if config.loss.adversarial_weight:
+        adversary = Adversary(module, config, SAMPLES_PER_EPOCH, session.groups, device)
     task = partial(
         RQVAETask,
         config=config,
@@ -125,7 +127,7 @@ def stage1_run(
         adversary=adversary,
     )
     try:
-        session.train(module, decayed, task, batches, SAMPLES_PER_EPOCH, 1.0, beside=adversary)
+        session.train(module, decayed, task, batches, SAMPLES_PER_EPOCH, lambda step: 1.0, beside=adversary)
     except KilledError:
         assert kill_at is not None
     beside = adversary.tensors() if adversary is not None else {}

@@ -32,7 +32,7 @@ REFUSED = {
         *("loss.commitment_weight=-1", "train.global_batch_size=0"),
         *("codebook.init_batches=0", "codebook.init_latents=0", "codebook.init_iterations=-1"),
         *("health.every=0", "health.smoothing=0", "health.usage_floor=2", "health.reconstruction_rise=0.5"),
-        "health.logits=0",
+        *("health.logits=0", "health.perplexity_floor=2"),
     ],
 }
 

@@ -68,10 +68,10 @@ def test_a_warning_is_a_line_and_a_value():
 
 
 def test_the_history_is_judged_with_and_not_told_again():
-    told = {"reconstruction_loss": 1.0, "usage_1": 0.1, "usage_2": 0.5}
-    watched = health(history=[{**told, "usage_1": 1.0}, told])
+    told = {"reconstruction_loss": 1.0, "usage": 0.1, "perplexity": 2.0}
+    watched = health(history=[{**told, "usage": 1.0}, told])
     found = [observe(watched, step, (0, step % 2)) for step in (1, 2, 3)][-1]
     assert "warning" not in found.values
-    fresh = health(history=[{**told, "usage_1": 1.0}])
-    found = [observe(fresh, step, (0, step % 2)) for step in (1, 2, 3)][-1]
-    assert "25% of the codes are used at depth 1, 100% were at best" in found.values["warning"]
+    fresh = health(history=[{**told, "usage": 1.0}])
+    found = [observe(fresh, step, (0, 0)) for step in (1, 2, 3)][-1]
+    assert "25% of the codes are used, 100% were at best" in found.values["warning"]

@@ -40,6 +40,14 @@ def test_constant_stays_at_the_peak_after_warmup():
     assert rates(CONSTANT, 5, 2) == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0])
 
 
+@pytest.mark.parametrize("config", [COSINE, CONSTANT])
+def test_what_joins_later_has_a_warmup_of_its_own_under_the_runs_schedule(config):
+    run = rates(config, 20, 4)
+    late = [learning_rate(step, 20, 4, config, joined=10) for step in range(10, 20)]
+    expected = [share * rate for share, rate in zip([0.25, 0.5, 0.75] + [1.0] * 7, run[10:], strict=True)]
+    assert late == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("warmup", [3, 5])
 def test_a_warmup_as_long_as_the_run_is_only_warmup(warmup):
     assert rates(COSINE, 3, warmup) == pytest.approx([2.0 * (step + 1) / warmup for step in range(3)])

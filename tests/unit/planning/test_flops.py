@@ -1,12 +1,24 @@
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from random_vgg import write_vgg
+from torch.utils import module_tracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from megarq.config.models import RQTransformerConfig, RQVAEConfig, StackConfig
+from megarq.config.run import RQVAELossConfig, RQVAERunConfig
+from megarq.engine.adversary import Adversary
+from megarq.launch.environment import read_environment
+from megarq.launch.process_group import joined
+from megarq.parallel.topology import ProcessGroups, Topology
 from megarq.planning.flops import rqvae_flops, rqvae_training_flops, training_flops, transformer_flops
+from megarq.rqvae.losses import RQVAELoss
 from megarq.rqvae.model import RQVAE
+from megarq.rqvae.perceptual import LPIPS
 from megarq.transformer.rq_transformer import RQTransformer
 
 SMALL = RQTransformerConfig(
@@ -90,9 +102,42 @@ def test_rqvae_flops_are_those_that_torch_counts(resolutions: list[int]) -> None
     assert rqvae_flops(config) == counts
 
 
+def rqvae_run(**loss: Any) -> RQVAERunConfig:
+    return RQVAERunConfig(model=VAE, loss=RQVAELossConfig(**{"perceptual_weight": 0, "adversarial_weight": 0, **loss}))
+
+
 def test_rqvae_training_flops_are_close_to_those_that_torch_counts() -> None:
     model = RQVAE(VAE).train()
     with FlopCounterMode(display=False) as counter:
         output = model(torch.zeros(1, 3, 16, 16))
         (output.reconstruction.sum() + output.commitment_loss).backward()
-    assert rqvae_training_flops(VAE) == pytest.approx(counter.get_total_flops(), rel=0.03)
+    assert rqvae_training_flops(rqvae_run(), 1) == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_flops_of_lpips_are_those_that_torch_counts(tmp_path: Path) -> None:
+    loss, images = LPIPS(write_vgg(tmp_path)), torch.zeros(1, 3, 16, 16)
+    with FlopCounterMode(display=False) as counter:
+        loss(images.clone().requires_grad_(), images).backward()
+    run, without = rqvae_run(perceptual_weight=1.0), rqvae_run()
+    assert rqvae_training_flops(run, 1) - rqvae_training_flops(without, 1) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_flops_of_the_discriminator_are_those_that_torch_counts(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The counter attributes products to modules, by hooks that gradients of a leaf alone do not allow.
+    monkeypatch.setattr(module_tracker, "register_multi_grad_hook", Mock())
+    run = rqvae_run(adversarial_weight=0.75, discriminator_layers=layers, discriminator_channels=8)
+    run.train.steps = 1
+    model, images = RQVAE(VAE).train(), torch.zeros(1, 3, 16, 16)
+    cpu = torch.device("cpu")
+    with joined(read_environment({}), cpu):
+        adversary = Adversary(model, run, 1, ProcessGroups.build(Topology()), cpu)
+        output = model(images)
+        with FlopCounterMode(display=False) as counter:
+            adversary.losses(images, output, RQVAELoss())
+    assert rqvae_training_flops(run, 1) - rqvae_training_flops(rqvae_run(), 1) == counter.get_total_flops()
+
+
+def test_a_discriminator_costs_nothing_before_it_joins() -> None:
+    run, without = rqvae_run(adversarial_weight=0.75, discriminator_start=5), rqvae_run()
+    assert [rqvae_training_flops(run, step) > rqvae_training_flops(without, step) for step in (5, 6)] == [False, True]
