@@ -8,6 +8,7 @@ What img2dataset writes is read as it is. webdataset's own reader is not used: i
 two members for a whole one, and cannot name the last sample of a torn one.
 """
 
+import hashlib
 import json
 import os
 import tarfile
@@ -284,3 +285,10 @@ class ImageIndex:
         if len(data) != size:
             raise DataError(f"shard {shard!r} shrank while it was in use, at key {key!r}. Copy or make it again.")
         return data
+
+    def fingerprint(self) -> str:
+        """sha256 of the keys, and of the shards and places that they have."""
+        sha256 = hashlib.sha256()
+        for array in (self._keys, self._shard_numbers, self._places):
+            sha256.update(np.ascontiguousarray(array).data)
+        return sha256.hexdigest()

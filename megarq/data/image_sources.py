@@ -8,6 +8,7 @@ A picture is a number below len(source). What stands at a number follows from na
 and restart numbers alike.
 """
 
+import hashlib
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -36,6 +37,10 @@ class ImageSource(Protocol):
 
     def read(self, index: int) -> bytes:
         """The encoded picture. Raises: OSError where this one cannot be read, DataError where the source is gone."""
+        ...
+
+    def fingerprint(self) -> str:
+        """sha256 of what stands at which number, by name: where it is equal, ranks number alike."""
         ...
 
 
@@ -91,6 +96,10 @@ class FolderImages:
         """The encoded picture. Raises: OSError where the file cannot be read."""
         return (self.path / os.fsdecode(self._names[index])).read_bytes()
 
+    def fingerprint(self) -> str:
+        """sha256 of the paths below the folder."""
+        return self._names.fingerprint()
+
 
 class _Joined:
     """Several sources, one after another."""
@@ -109,6 +118,9 @@ class _Joined:
     def read(self, index: int) -> bytes:
         source, place = self._place(index)
         return source.read(place)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("".join(source.fingerprint() for source in self._sources).encode()).hexdigest()
 
     def _place(self, index: int) -> tuple[ImageSource, int]:
         number = bisect_right(self._ends, index)

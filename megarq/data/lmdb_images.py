@@ -64,6 +64,10 @@ class LmdbImages:
             raise DataError(f"{self._file} lost the key {key!a} while it was in use. Leave it alone; start again.")
         return bytes(value)
 
+    def fingerprint(self) -> str:
+        """sha256 of the keys."""
+        return self._keys.fingerprint()
+
 
 class ImageLmdb:
     """The same as an `ImageStore`, to be packed: a picture is named by its key and the first one's format."""

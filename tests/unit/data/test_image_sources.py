@@ -170,3 +170,12 @@ def test_files_that_cannot_be_read_stop_above_the_rate(places, tmp_path):
         file.unlink()
     with pytest.raises(DataError, match=r"^11 bad samples of 11 seen"):
         next(iter(ImageLoader(source, "none", 8, COUNT)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fingerprint_tells_other_lists_apart(kind, places, tmp_path, png):
+    once, again = open_images(places[kind]).fingerprint(), open_images(places[kind]).fingerprint()
+    more = str(write_files(tmp_path / "more", {"x.png": png(90)}))
+    joined = open_images([*places[kind], more]).fingerprint()
+    turned = open_images([more, *places[kind]]).fingerprint()
+    assert once == again and len({once, joined, turned}) == 3
