@@ -54,8 +54,10 @@ def open_images(patterns: Sequence[str], max_bad_rate: float = 0.01) -> ImageSou
     for kind, group in groupby(dict.fromkeys(patterns), _kind):
         if kind == "shards":
             sources.append(ImageIndex(expand_shards(list(group)), faults))
+        elif kind == "lmdb":
+            sources += [_open_lmdb(path, faults) for path in group]
         else:
-            sources += [LmdbImages(path) if kind == "lmdb" else FolderImages(path) for path in group]
+            sources += map(FolderImages, group)
     if not sources:
         raise DataError("no pictures given. Name image shards, folders of pictures or an LMDB.")
     faults.finish()
@@ -70,6 +72,13 @@ def _kind(pattern: str) -> str:
     if is_lmdb(path):
         return "lmdb"
     return "folder" if path.is_dir() and not any(path.glob("*.tar")) else "shards"
+
+
+def _open_lmdb(path: str, faults: Faults) -> LmdbImages:
+    images = LmdbImages(path)
+    faults.count_unlisted(path, images.lost)
+    faults.count_seen(len(images))
+    return images
 
 
 class FolderImages:
