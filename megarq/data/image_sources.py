@@ -65,13 +65,17 @@ def open_images(patterns: Sequence[str], max_bad_rate: float = 0.01) -> ImageSou
 
 
 def _kind(pattern: str) -> str:
-    """What a pattern of --data names. A folder that holds tars and pictures is one of shards."""
+    """What a pattern of --data names. A folder that holds tars is one of shards, unless it has both train and val."""
     path = Path(pattern)
     if not is_local(pattern) or not path.exists():
         return "shards"
     if is_lmdb(path):
         return "lmdb"
-    return "folder" if path.is_dir() and not any(path.glob("*.tar")) else "shards"
+    return "folder" if path.is_dir() and (_is_split(path) or not any(path.glob("*.tar"))) else "shards"
+
+
+def _is_split(folder: Path) -> bool:
+    return (folder / "train").is_dir() and (folder / "val").is_dir()
 
 
 def _open_lmdb(path: str, faults: Faults) -> LmdbImages:
@@ -87,7 +91,7 @@ class FolderImages:
     def __init__(self, path: str | Path) -> None:
         """List the folder. Raises: DataError where it holds no pictures, or both `train` and `val`."""
         self.path = Path(path)
-        if (self.path / "train").is_dir() and (self.path / "val").is_dir():
+        if _is_split(self.path):
             raise DataError(f"{path} holds the folders train and val. Give one of them: {self.path / 'train'}.")
         self._names = PackedBytes.of(sorted(os.fsencode(name) for name in files_below(str(path)) if is_image(name)))
         if not len(self._names):

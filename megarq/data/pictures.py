@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from megarq.data.faults import Faults, TooManyFaultsError
 from megarq.data.files import expand_shards
-from megarq.data.image_shards import IMAGE_EXTENSIONS, scan_samples
+from megarq.data.image_shards import IMAGE_EXTENSIONS, LOSSY_EXTENSIONS, scan_samples
 from megarq.data.picture_set import PICTURES, PictureSettings
 from megarq.data.sources import failure
 from megarq.data.transforms import decode_rgb, find_transform
@@ -95,7 +95,7 @@ def open_pictures(source: str | Path) -> Pictures:
                 f"{', '.join('.' + name for name in IMAGE_EXTENSIONS)} or .tar. Check the path."
             )
         if files:
-            lossy = any(not name.lower().endswith(".png") for name in files)
+            lossy = any(name.lower().endswith(LOSSY_EXTENSIONS) for name in files)
             return Pictures(source, "folder", len(files), lambda index: _read_file(files[index]), lossy=lossy)
     elif not (folder.exists() or set(source) & set("*?[{") or source.endswith(".tar")):
         raise DataError(f"{source}: no such folder or file. Check the path.")
@@ -132,7 +132,7 @@ class _Members:
             try:
                 for key, parts in scan_samples(shard, faults, lambda _, member: (member.offset_data, member.size)):
                     image = next(extension for extension in IMAGE_EXTENSIONS if extension in parts)
-                    self.lossy |= image != "png"
+                    self.lossy |= image in LOSSY_EXTENSIONS
                     none = (0, -1)
                     places.append([parts[image], *(parts.get(text, none) for text in _TEXTS)])
                     numbers.append(number)

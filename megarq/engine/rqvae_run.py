@@ -138,7 +138,7 @@ def open_alike(patterns: Sequence[str], max_bad_rate: float) -> ImageSource:
         if other != fingerprint:
             raise DataError(
                 f"{', '.join(patterns)}: rank 0 lists {count} pictures, rank {rank} lists {found}, and not the same. "
-                "Wait until all nodes see the same files, or copy them again; then start again."
+                "Copy what is missing, or start again when all nodes see the same files."
             )
     return source
 

@@ -80,6 +80,14 @@ def test_tars_are_listed_in_order_with_their_first_captions(tmp_path):
     assert pictures.lossy and pictures.kind == "shards"
 
 
+@pytest.mark.parametrize(("name", "lossy"), [("a.bmp", False), ("a.tiff", False), ("a.PNG", False), ("a.JPG", True)])
+def test_which_formats_lose_something(tmp_path, name, lossy):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / name).write_bytes(b"")
+    write_tar(tmp_path / "one.tar", {name: b""})
+    assert open_pictures(tmp_path / "one").lossy == open_pictures(tmp_path / "one.tar").lossy == lossy
+
+
 def test_a_set_is_listed_with_prompts_and_settings(tmp_path):
     pictures = open_pictures(write_set(tmp_path / "set"))
     assert [pictures[index].prompt for index in range(4)] == [f"picture {index}" for index in range(4)]
