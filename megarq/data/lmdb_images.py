@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -109,6 +110,7 @@ class _Environment:
     """A process's view of a database, for reading. LMDB allows no second one, so all who read it share it."""
 
     _of_this_process: ClassVar[WeakValueDictionary[Path, "_Environment"]] = WeakValueDictionary()
+    _lock: ClassVar[Lock] = Lock()  # of threads that read pictures together
 
     def __init__(self, file: Path) -> None:
         self.file, self.owner = file, os.getpid()
@@ -123,12 +125,13 @@ class _Environment:
     def of(cls, file: Path) -> "_Environment":
         """This process's; one that came through a fork is closed and opened anew. Raises: DataError."""
         file = file.resolve()
-        found = cls._of_this_process.get(file)
-        if found is None or found.owner != os.getpid():
-            if found is not None:
-                found._environment.close()
-            found = cls._of_this_process[file] = cls(file)
-        return found
+        with cls._lock:
+            found = cls._of_this_process.get(file)
+            if found is None or found.owner != os.getpid():
+                if found is not None:
+                    found._environment.close()
+                found = cls._of_this_process[file] = cls(file)
+            return found
 
     def begin(self) -> Any:
         """A transaction; after an error of LMDB it answers nothing more."""

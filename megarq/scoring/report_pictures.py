@@ -16,8 +16,8 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from megarq.data.faults import Faults
-from megarq.data.files import expand_shards
-from megarq.data.image_shards import IMAGE_EXTENSIONS, ImageIndex, scan_samples, split_name
+from megarq.data.image_shards import IMAGE_EXTENSIONS, scan_samples, split_name
+from megarq.data.image_sources import open_images
 from megarq.data.pictures import Picture, Pictures, decode_plain, open_pictures
 from megarq.data.transforms import decode_rgb
 from megarq.errors import DataError
@@ -237,8 +237,8 @@ def _names(reference: Pictures) -> list[tuple[int | Path, str]]:
     if reference.kind == "folder":
         paths = Path(reference.source).rglob("*")
         return [(path, path.stem) for path in paths if path.suffix.lower()[1:] in IMAGE_EXTENSIONS]
-    index = ImageIndex(expand_shards(reference.source), Faults())
-    return [(place, index.name(place)[1]) for place in range(len(index))]
+    images = open_images([reference.source])
+    return [(place, images.name(place)[1]) for place in range(len(images))]
 
 
 def _read(reference: Pictures, place: int | Path) -> Picture:
