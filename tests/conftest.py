@@ -1,7 +1,6 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import lmdb
 import pytest
 
 
@@ -21,6 +20,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def make_lmdb(tmp_path: Path) -> Callable[[str, Mapping[bytes, bytes]], Path]:
     """Write a database of these keys and values into a folder of the test's, as LSUN's."""
+    lmdb = pytest.importorskip("lmdb")
 
     def make(name: str, entries: Mapping[bytes, bytes]) -> Path:
         with (
