@@ -112,7 +112,7 @@ def score(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
         weights = Weights(name, Path("stand-in"))
         weights.__dict__["sha256"] = "0" * 64  # there is no file
-        return FeatureNetwork(name, tuple(layers), see, weights, 2048)
+        return FeatureNetwork(name, tuple(layers), see, weights, 2048, protocol.resize)
 
     scoring.build_network = build  # type: ignore[assignment]
     scoring.find_weights = lambda *_: None  # type: ignore[assignment, return-value]

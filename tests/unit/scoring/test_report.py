@@ -160,6 +160,7 @@ def test_the_card_says_everything_that_scores_follow_from(page, result):
     assert made.row("Weights of the model") == ["moving average (EMA)"]
     assert made.row("Step") == ["1,000"]
     assert made.row("Settings of Inception Score") == ["splits 10, network inception"]
+    assert made.row("Settings of CLIP score") == ["network clip, resize short side to 224"]
     assert made.row("Machine") == ["no GPU, 2 cores, load 0.5"]
     assert made.row("Versions") == ["python 3.11.7, torch 2.15.0"]
 
