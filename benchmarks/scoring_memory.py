@@ -152,7 +152,7 @@ def stand_in() -> None:
 
         weights = Weights(name, Path("stand-in"))
         weights.__dict__["sha256"] = "0" * 64  # there is no file
-        return FeatureNetwork(name, tuple(layers), see, weights, 2048)
+        return FeatureNetwork(name, tuple(layers), see, weights, 2048, protocol.resize)
 
     scoring.build_network = build  # type: ignore[assignment]
     scoring.find_weights = lambda *_: None  # type: ignore[assignment]

@@ -129,7 +129,7 @@ def build(kind: type[nn.Module], weights: Weights, device: torch.device) -> Feat
     torch.save(read_state(weights.path), tensors)
     tensors.seek(0)
     module = kind("variant", [FEATURES], feature_extractor_weights_path=tensors).to(device)  # type: ignore[call-arg]
-    return FeatureNetwork("inception", (FEATURES,), module, weights, 2048)
+    return FeatureNetwork("inception", (FEATURES,), module, weights, 2048, kind.__name__)
 
 
 def fid(kind: type[nn.Module], images: str, reference: str, weights: Weights, device: torch.device) -> float:

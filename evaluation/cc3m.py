@@ -3,13 +3,11 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-import torch
 
 from megarq import cli
 from megarq.data.picture_items import caption_items
-from megarq.inference.drawing_command import Ranker, asked_model, draw_items, drawing_parser, parse_drawing
+from megarq.inference.drawing_command import asked_model, draw_items, drawing_parser, parse_drawing
+from megarq.scoring.rankers import ClipRanker
 
 EXAMPLE = """examples:
   python evaluation/cc3m.py --model models/cc3m --captions Validation_GCC-1.1.0-Validation.tsv --output sets/cc3m
@@ -32,18 +30,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parse_drawing(parser, argv)
 
 
-def clip_ranker(weights: Path | None, device: torch.device) -> Ranker:
-    """CLIP's cosine between picture and caption."""
-    from megarq.scoring.rankers import ClipRanker
-
-    return ClipRanker(weights, device)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = parse(argv)
     info = asked_model(args.model, "text")
-    draw_items(args, info, caption_items(args.captions, args.count), clip_ranker)
+    draw_items(args, info, caption_items(args.captions, args.count), ClipRanker)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,12 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-import torch
 
 from megarq import cli
 from megarq.data.picture_items import class_items
 from megarq.data.picture_set import Item
-from megarq.inference.drawing_command import Ranker, asked_model, draw_items, drawing_parser, parse_drawing
+from megarq.inference.drawing_command import asked_model, draw_items, drawing_parser, parse_drawing
+from megarq.scoring.rankers import ClassRanker
 
 COUNT = 50_000
 EXAMPLE = """examples:
@@ -28,13 +26,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parse_drawing(drawing_parser(__doc__, EXAMPLE, count=f"pictures in all (default: {COUNT:,})"), argv)
 
 
-def class_ranker(weights: Path | None, device: torch.device) -> Ranker:
-    """A ResNet-101's probability of the class."""
-    from megarq.scoring.rankers import ClassRanker
-
-    return ClassRanker(weights, device)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = parse(argv)
@@ -43,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     count = args.count or COUNT
     classes = info.transformer.cond_vocab_size
     items = class_items(count, classes) if info.transformer.condition == "class" else [Item()] * count
-    draw_items(args, info, items, class_ranker)
+    draw_items(args, info, items, ClassRanker)
 
 
 if __name__ == "__main__":

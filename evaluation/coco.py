@@ -5,12 +5,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from megarq import cli
 from megarq.data.picture_items import coco_items, listed_items
 from megarq.errors import ConfigError
-from megarq.inference.drawing_command import Ranker, asked_model, draw_items, drawing_parser, parse_drawing
+from megarq.inference.drawing_command import asked_model, draw_items, drawing_parser, parse_drawing
+from megarq.scoring.rankers import ClipRanker
 
 COUNT = 30_000
 EXAMPLE = """examples:
@@ -42,13 +41,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def clip_ranker(weights: Path | None, device: torch.device) -> Ranker:
-    """CLIP's cosine between picture and caption."""
-    from megarq.scoring.rankers import ClipRanker
-
-    return ClipRanker(weights, device)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = parse(argv)
@@ -57,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         items = listed_items(args.items, args.count)
     else:
         items = coco_items(args.captions, args.count or COUNT, args.seed)
-    draw_items(args, info, items, clip_ranker)
+    draw_items(args, info, items, ClipRanker)
 
 
 if __name__ == "__main__":

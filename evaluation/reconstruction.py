@@ -12,7 +12,7 @@ import torch
 
 from megarq import cli
 from megarq.errors import ConfigError
-from megarq.files import write_atomically
+from megarq.files import make_room, write_atomically
 from megarq.inference.pretrained import find_device
 from megarq.launch.environment import read_environment
 from megarq.launch.process_group import rank_device
@@ -43,7 +43,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FOLDER",
         help="an exported model, an RQ-VAE folder, code shards, or the --output of train_rqvae.py",
     )
-    parser.add_argument("--data", required=True, metavar="PICTURES", help="a folder, or tars: paths, globs, {00..49}")
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="PICTURES",
+        help="folders, tars (paths, globs, {00..49}), LMDB or picture sets, one after another",
+    )
     parser.add_argument(
         "--transform",
         default="none",
@@ -86,12 +92,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--threads {args.threads}: use 1 or more.")
     if device.type == "cpu":
         torch.set_num_threads(args.threads)
-    for folder in (args.output, args.json and args.json.parent):
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    files = [args.output / name for name in ("scores.json", "reconstructions.png")] if args.output else []
+    for file in (*files, *([args.json] if args.json else [])):
+        make_room(file)
     request = ReconstructionRequest(
         model=args.model,
-        data=args.data,
+        data=tuple(args.data),
         protocol=find_protocol(args.protocol),  # a file may bring a network of its own
         metrics=tuple(dict.fromkeys(name.strip() for name in args.metrics.split(",") if name.strip())),
         device=device,

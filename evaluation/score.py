@@ -31,7 +31,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("images", help="pictures to score: a picture set, a folder, or tars ('shards/{000..009}.tar')")
+    parser.add_argument("images", help="pictures to score: a picture set, a folder, an LMDB or tars ('{000..009}.tar')")
     parser.add_argument(
         "reference",
         nargs="?",

@@ -1,3 +1,6 @@
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
 import pytest
 
 
@@ -12,3 +15,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("full"):
                 item.add_marker(skip)
+
+
+@pytest.fixture
+def make_lmdb(tmp_path: Path) -> Callable[[str, Mapping[bytes, bytes]], Path]:
+    """Write a database of these keys and values into a folder of the test's, as LSUN's."""
+    lmdb = pytest.importorskip("lmdb")
+
+    def make(name: str, entries: Mapping[bytes, bytes]) -> Path:
+        with (
+            lmdb.open(str(tmp_path / name), map_size=2**26) as environment,
+            environment.begin(write=True) as transaction,
+        ):
+            for key, value in entries.items():
+                transaction.put(key, value)
+        return tmp_path / name
+
+    return make

@@ -38,7 +38,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images", type=Path, help="folder or zip of .jpg, .jpeg, .png and .webp files, or LMDB")
+    source.add_argument(
+        "--images", type=Path, help="folder or zip of picture files (jpg, jpeg, png, webp, bmp, tif, tiff), or LMDB"
+    )
     source.add_argument("--shards", nargs="+", help="webdataset tars to pack anew: paths, globs, {0000..0099}, folders")
     said = parser.add_mutually_exclusive_group()
     said.add_argument("--captions", type=Path, help="table, MS-COCO .json or .tsv of urls; by default .txt files")

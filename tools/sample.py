@@ -21,6 +21,7 @@ from megarq.inference.export import DTYPES
 from megarq.inference.generator import ImageGenerator
 from megarq.inference.options import add_sampling_options
 from megarq.inference.pretrained import find_device
+from megarq.scoring.rankers import ClassRanker, ClipRanker
 
 EXAMPLE = (
     'example: python tools/sample.py models/cc3m --prompt "a lighthouse at night" --count 16 --top-k 1024 --top-p 0.95 '
@@ -88,8 +89,6 @@ def keep_best(
 
 def find_ranker(options: argparse.Namespace) -> Rank:
     """CLIP for prompts, a classifier for classes."""
-    from megarq.scoring.rankers import ClassRanker, ClipRanker
-
     ranker = ClipRanker if options.prompts else ClassRanker
     return ranker(options.ranker_weights, find_device(options.device))
 

@@ -60,6 +60,11 @@ class Faults:
         if skipped:
             self._last = f"in {shard}"
 
+    def count_unlisted(self, source: str, count: int) -> None:
+        """Count the pictures of a source that cannot even be listed."""
+        if count:
+            self.count_finished(source, 0, count, {Fault.UNREADABLE_IMAGE: count})
+
     def skip(self, shard: str, key: str, kind: Fault, reason: str) -> None:
         """Log and count a sample that is not used. Raises: TooManyFaultsError."""
         self.skipped += 1

@@ -125,6 +125,7 @@ def list_folder(store: ImageStore, faults: Faults, *, class_folders: bool = Fals
     labels = {name: label for label, name in enumerate(store.folders)}
     texts = {name for name in store.files if name.endswith(".txt")}
     images = []
+    faults.count_unlisted(str(store.path), store.lost)
     faults.count_seen(len(names))
     for name in names:
         folder, slash, _ = name.partition("/")

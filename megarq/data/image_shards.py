@@ -3,11 +3,12 @@
     00000.tar:  cat7.jpg  cat7.txt  cat7.json  dog1.png  dog1.txt  dog1.cls ...
 
 Consecutive members with the same key (the name up to the first dot of its last part) are one sample: an image
-(.jpg .jpeg .png .webp), its caption (.txt), more of them (.json: `captions`, a list, or `caption`), a class (.cls).
-What img2dataset writes is read as it is. webdataset's own reader is not used: it takes a tar that breaks off between
-two members for a whole one, and cannot name the last sample of a torn one.
+(.jpg .jpeg .png .webp .bmp .tif .tiff), its caption (.txt), more of them (.json: `captions`, a list, or `caption`), a
+class (.cls). What img2dataset writes is read as it is. webdataset's own reader is not used: it takes a tar that breaks
+off between two members for a whole one, and cannot name the last sample of a torn one.
 """
 
+import hashlib
 import json
 import os
 import tarfile
@@ -24,7 +25,8 @@ from megarq.data.faults import Fault, Faults
 from megarq.data.sources import Retry, SourceError, failure, is_local, open_source
 from megarq.errors import DataError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
+LOSSY_EXTENSIONS = ("jpg", "jpeg", "webp")
 _READ_EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls")
 _NO_IMAGE = f"none of {', '.join('.' + name for name in IMAGE_EXTENSIONS)}"
 
@@ -284,3 +286,10 @@ class ImageIndex:
         if len(data) != size:
             raise DataError(f"shard {shard!r} shrank while it was in use, at key {key!r}. Copy or make it again.")
         return data
+
+    def fingerprint(self) -> str:
+        """sha256 of the keys, and of the shards and places that they have."""
+        sha256 = hashlib.sha256()
+        for array in (self._keys, self._shard_numbers, self._places):
+            sha256.update(np.ascontiguousarray(array).data)
+        return sha256.hexdigest()

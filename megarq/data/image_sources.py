@@ -8,6 +8,7 @@ A picture is a number below len(source). What stands at a number follows from na
 and restart numbers alike.
 """
 
+import hashlib
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -38,6 +39,10 @@ class ImageSource(Protocol):
         """The encoded picture. Raises: OSError where this one cannot be read, DataError where the source is gone."""
         ...
 
+    def fingerprint(self) -> str:
+        """sha256 of what stands at which number, by name: where it is equal, ranks number alike."""
+        ...
+
 
 def open_images(patterns: Sequence[str], max_bad_rate: float = 0.01) -> ImageSource:
     """The pictures that --data names, in the order given; a thing named twice counts once.
@@ -49,8 +54,10 @@ def open_images(patterns: Sequence[str], max_bad_rate: float = 0.01) -> ImageSou
     for kind, group in groupby(dict.fromkeys(patterns), _kind):
         if kind == "shards":
             sources.append(ImageIndex(expand_shards(list(group)), faults))
+        elif kind == "lmdb":
+            sources += [_open_lmdb(path, faults) for path in group]
         else:
-            sources += [LmdbImages(path) if kind == "lmdb" else FolderImages(path) for path in group]
+            sources += map(FolderImages, group)
     if not sources:
         raise DataError("no pictures given. Name image shards, folders of pictures or an LMDB.")
     faults.finish()
@@ -58,13 +65,24 @@ def open_images(patterns: Sequence[str], max_bad_rate: float = 0.01) -> ImageSou
 
 
 def _kind(pattern: str) -> str:
-    """What a pattern of --data names. A folder that holds tars and pictures is one of shards."""
+    """What a pattern of --data names. A folder that holds tars is one of shards, unless it has both train and val."""
     path = Path(pattern)
     if not is_local(pattern) or not path.exists():
         return "shards"
     if is_lmdb(path):
         return "lmdb"
-    return "folder" if path.is_dir() and not any(path.glob("*.tar")) else "shards"
+    return "folder" if path.is_dir() and (_is_split(path) or not any(path.glob("*.tar"))) else "shards"
+
+
+def _is_split(folder: Path) -> bool:
+    return (folder / "train").is_dir() and (folder / "val").is_dir()
+
+
+def _open_lmdb(path: str, faults: Faults) -> LmdbImages:
+    images = LmdbImages(path)
+    faults.count_unlisted(path, images.lost)
+    faults.count_seen(len(images))
+    return images
 
 
 class FolderImages:
@@ -73,7 +91,7 @@ class FolderImages:
     def __init__(self, path: str | Path) -> None:
         """List the folder. Raises: DataError where it holds no pictures, or both `train` and `val`."""
         self.path = Path(path)
-        if (self.path / "train").is_dir() and (self.path / "val").is_dir():
+        if _is_split(self.path):
             raise DataError(f"{path} holds the folders train and val. Give one of them: {self.path / 'train'}.")
         self._names = PackedBytes.of(sorted(os.fsencode(name) for name in files_below(str(path)) if is_image(name)))
         if not len(self._names):
@@ -90,6 +108,10 @@ class FolderImages:
     def read(self, index: int) -> bytes:
         """The encoded picture. Raises: OSError where the file cannot be read."""
         return (self.path / os.fsdecode(self._names[index])).read_bytes()
+
+    def fingerprint(self) -> str:
+        """sha256 of the paths below the folder."""
+        return self._names.fingerprint()
 
 
 class _Joined:
@@ -109,6 +131,9 @@ class _Joined:
     def read(self, index: int) -> bytes:
         source, place = self._place(index)
         return source.read(place)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("".join(source.fingerprint() for source in self._sources).encode()).hexdigest()
 
     def _place(self, index: int) -> tuple[ImageSource, int]:
         number = bisect_right(self._ends, index)

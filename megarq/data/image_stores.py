@@ -26,6 +26,8 @@ class ImageStore(Protocol):
     """Names of all files, sorted; hidden ones are left out."""
     folders: list[str]
     """Names of the folders at the root, sorted."""
+    lost: int
+    """Files that cannot be listed, where a part of an LMDB is damaged."""
 
     def read(self, name: str) -> bytes:
         """The content of a listed file. Raises: OSError where it cannot be read."""
@@ -52,6 +54,8 @@ def is_image(name: str) -> bool:
 
 class ImageFolder:
     """The files below a folder; links to folders are followed."""
+
+    lost = 0
 
     def __init__(self, path: Path) -> None:
         """List the folder. Raises: OSError where a part of it cannot be listed."""
@@ -90,6 +94,8 @@ def _is_loop(folder: str) -> bool:
 
 class ImageZip:
     """The files of a zip. Where all lie in one folder, such as train2014/, that folder is the root."""
+
+    lost = 0
 
     def __init__(self, path: Path) -> None:
         """List the archive. Raises: DataError where it is damaged, or holds names that lead out of it."""

@@ -1,5 +1,6 @@
 """Many short byte strings in two arrays. A list of them takes several times the memory, and forked workers copy it."""
 
+import hashlib
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -19,6 +20,10 @@ class PackedBytes:
         """Pack strings."""
         data = np.frombuffer(b"".join(strings), np.uint8)
         return cls(data, np.fromiter(accumulate(map(len, strings)), np.int64, len(strings)))
+
+    def fingerprint(self) -> str:
+        """sha256 of the strings and where each ends."""
+        return hashlib.sha256(self.data.tobytes() + self.ends.tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.ends)

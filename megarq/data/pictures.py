@@ -1,6 +1,7 @@
-"""Pictures to be looked at in order: a folder of image files, image shards, or a picture set that was drawn.
+"""Pictures to be looked at in order: a folder of image files, image shards, an LMDB, or a picture set that was drawn.
 
     images/a.png images/b/c.jpg ..        every image file below the folder, sorted by full path
+    church_outdoor_val_lmdb/data.mdb      an LMDB, in the order of its keys
     'shards/{00000..00009}.tar'           image shards as they come; prompt: the first caption
     SET/pictures.json SET/000000.tar ..   a whole set of drawn pictures; prompt: `prompt` of each .json
 pictures[i] -> Picture(data=encoded bytes, prompt=text or None, name) ; PixelStream -> uint8 [B, 3, H, W], B at a time
@@ -11,10 +12,12 @@ import io
 import json
 import os
 import random
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +29,8 @@ from tqdm import tqdm
 
 from megarq.data.faults import Faults, TooManyFaultsError
 from megarq.data.files import expand_shards
-from megarq.data.image_shards import IMAGE_EXTENSIONS, scan_samples
+from megarq.data.image_shards import IMAGE_EXTENSIONS, LOSSY_EXTENSIONS, scan_samples
+from megarq.data.lmdb_images import LmdbImages, is_lmdb
 from megarq.data.picture_set import PICTURES, PictureSettings
 from megarq.data.sources import failure
 from megarq.data.transforms import decode_rgb, find_transform
@@ -53,7 +57,7 @@ class Pictures:
 
     source: str
     """As it was given."""
-    kind: Literal["folder", "shards", "set"]
+    kind: Literal["folder", "shards", "lmdb", "set", "several"]
     """What it is."""
     count: int
     """How many."""
@@ -73,15 +77,30 @@ class Pictures:
         return self.read(index)
 
 
-def open_pictures(source: str | Path) -> Pictures:
-    """List the pictures of a folder, of image shards or of a set.
+def open_pictures(*sources: str | Path) -> Pictures:
+    """List the pictures of folders, image shards, LMDB or sets, one source after another.
 
-    Raises: DataError where there is none, for torn shards, and for a set that is not whole.
+    Raises: DataError where one has none, for a torn shard or LMDB, and for a set that is not whole.
     """
-    source = str(source)
+    parts = [_open(str(source)) for source in sources]
+    if len(parts) == 1:
+        return parts[0]
+    ends = list(accumulate(map(len, parts)))
+
+    def read(index: int) -> Picture:
+        number = bisect_right(ends, index)
+        return parts[number][index - ends[number] + len(parts[number])]
+
+    lossy = any(part.lossy for part in parts)
+    return Pictures(" ".join(map(str, sources)), "several", ends[-1], read, lossy=lossy)
+
+
+def _open(source: str) -> Pictures:
     folder = Path(source)
     if (folder / PICTURES).is_file():
         return _open_set(folder)
+    if is_lmdb(folder):
+        return _open_lmdb(source)
     if folder.is_dir():
         files = _find_files(folder)
         tars = any(folder.glob("*.tar"))
@@ -95,7 +114,7 @@ def open_pictures(source: str | Path) -> Pictures:
                 f"{', '.join('.' + name for name in IMAGE_EXTENSIONS)} or .tar. Check the path."
             )
         if files:
-            lossy = any(not name.lower().endswith(".png") for name in files)
+            lossy = any(name.lower().endswith(LOSSY_EXTENSIONS) for name in files)
             return Pictures(source, "folder", len(files), lambda index: _read_file(files[index]), lossy=lossy)
     elif not (folder.exists() or set(source) & set("*?[{") or source.endswith(".tar")):
         raise DataError(f"{source}: no such folder or file. Check the path.")
@@ -120,6 +139,25 @@ def _read_file(name: str) -> Picture:
         raise DataError(f"picture {name} cannot be read ({error}). Check its rights, or copy it again.") from error
 
 
+def _open_lmdb(source: str) -> Pictures:
+    images = LmdbImages(source)
+    if images.lost:
+        raise DataError(
+            f"{source}: damaged pages hide {images.lost} of {images.lost + len(images)} pictures: scores over a part "
+            "of them are other scores. Copy or download it again."
+        )
+
+    def read(index: int) -> Picture:
+        name = "/".join(images.name(index))
+        try:
+            return Picture(images.read(index), None, name)
+        except OSError as error:
+            reason = str(error).rpartition(". ")[0]
+            raise DataError(f"picture {name}: {reason}. Copy or download the database again.") from error
+
+    return Pictures(source, "lmdb", len(images), read, lossy=True)
+
+
 class _Members:
     """Where the pictures of shards lie, and the texts beside them."""
 
@@ -132,7 +170,7 @@ class _Members:
             try:
                 for key, parts in scan_samples(shard, faults, lambda _, member: (member.offset_data, member.size)):
                     image = next(extension for extension in IMAGE_EXTENSIONS if extension in parts)
-                    self.lossy |= image != "png"
+                    self.lossy |= image in LOSSY_EXTENSIONS
                     none = (0, -1)
                     places.append([parts[image], *(parts.get(text, none) for text in _TEXTS)])
                     numbers.append(number)

@@ -124,13 +124,18 @@ class Adversary:
 
     def take_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Start from a state dict, such as a released discriminator's. Raises CheckpointError where it differs."""
-        own, shapes = self.discriminator.state_dict(), {name: tensor.shape for name, tensor in weights.items()}
-        differing = sorted(
-            name for name in own.keys() | shapes if name not in own or own[name].shape != shapes.get(name)
+        theirs, ours = (
+            {name: str(list(tensor.shape)) for name, tensor in state.items()}
+            for state in (weights, self.discriminator.state_dict())
         )
+        differing = [
+            f"{name} is {theirs.get(name, 'missing')} there, {ours.get(name, 'missing')} here"
+            for name in sorted(ours.keys() | theirs)
+            if theirs.get(name) != ours.get(name)
+        ]
         if differing:
             raise CheckpointError(
-                f"the discriminator to start from is not of this run's layers: {', '.join(differing[:5])} differ. "
+                f"the discriminator to start from is not of this run's layers: {'; '.join(differing[:5])}. "
                 "Set loss.discriminator_layers and loss.discriminator_channels to its own."
             )
         self.discriminator.load_state_dict(weights)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megarq.config.deepspeed import batch_sizes, zero_stage
 from megarq.config.run import RQVAERunConfig
-from megarq.data.image_sources import open_images
+from megarq.data.image_sources import ImageSource, open_images
 from megarq.data.images import ImageBatch, ImageLoader
 from megarq.engine.adversary import AdversarialPasses, Adversary
 from megarq.engine.codebook_start import check_codebook_start, start_codebook
@@ -22,7 +22,8 @@ from megarq.engine.metrics import Findings, past_metrics
 from megarq.engine.passes import Passes, PlainPasses
 from megarq.engine.pictures import labelled_rows
 from megarq.engine.session import Session
-from megarq.errors import ConfigError
+from megarq.errors import ConfigError, DataError
+from megarq.parallel.together import alike, gather_objects
 from megarq.parallel.topology import ProcessGroups
 from megarq.rqvae.discriminator import smallest_resolution
 from megarq.rqvae.losses import RQVAELoss
@@ -96,9 +97,9 @@ def train_rqvae(
         max_bad_rate=config.data.max_bad_rate,
     )
     bad_rate = config.data.max_bad_rate
-    source = open_images(data, bad_rate)
+    source = open_alike(data, bad_rate)
     batches = loader(source, config.data.transform, start=session.start)
-    held_out = loader(open_images(validation, bad_rate), "center") if validation else None
+    held_out = loader(open_alike(validation, bad_rate), "center") if validation else None
     torch.manual_seed(config.train.seed)
     module = RQVAE(config.model, session.groups.data, config.train.seed)
     first, notes = first_weights(session, init_from)
@@ -132,6 +133,22 @@ def train_rqvae(
     session.train(
         module, decayed, task, batches, batches.samples_per_epoch, flops_per_image, notes=notes, beside=adversary
     )
+
+
+def open_alike(patterns: Sequence[str], max_bad_rate: float) -> ImageSource:
+    """The pictures that --data names, the same list on all ranks (collective).
+
+    Raises: as `open_images`, on all ranks; DataError where two ranks list other pictures.
+    """
+    source = alike(lambda: open_images(patterns, max_bad_rate))
+    (count, fingerprint), *others = gather_objects((len(source), source.fingerprint()))
+    for rank, (found, other) in enumerate(others, start=1):
+        if other != fingerprint:
+            raise DataError(
+                f"{', '.join(patterns)}: rank 0 lists {count} pictures, rank {rank} lists {found}, and not the same. "
+                "Copy what is missing, or start again when all nodes see the same files."
+            )
+    return source
 
 
 def decayed(name: str) -> bool:

@@ -3,7 +3,9 @@
     RQVAE_DIR/config.yaml, model.pt              {"state_dict": ..., maybe "state_dict_ema", "discriminator"}
     RQTRANSFORMER_DIR/config.yaml, model.pt      {"state_dict": ..., maybe "state_dict_ema"}
 
-What the tensors are called, each network's own room knows: megarq.rqvae.authors and megarq.transformer.authors.
+A state dict may have DistributedDataParallel's `module.` before all names, and the discriminator's may stand within the
+RQ-VAE's, as `discriminator.main.0.weight` .. What the tensors are called, each network's own room knows:
+megarq.rqvae.authors and megarq.transformer.authors.
 """
 
 import pickle
@@ -30,6 +32,7 @@ from megarq.text.tokenizer import TextTokenizer
 from megarq.transformer.authors import config_from_authors, state_from_authors
 
 _KEYS = {"param": "state_dict", "ema": "state_dict_ema"}
+_DISCRIMINATOR, _WRAPPED = "discriminator.", "module."
 
 
 class AuthorsCheckpoint(NamedTuple):
@@ -127,9 +130,26 @@ def read_checkpoint(folder: str | Path, weights: str | None = None) -> AuthorsCh
             f"{path} has no {_KEYS[kind]!r}, only {', '.join(map(repr, content)) or 'nothing'}: "
             f"{'use --weights ' + present[0] if present else 'it is not a checkpoint of this layout'}."
         )
-    discriminator = content.get("discriminator")
-    discriminator = discriminator if isinstance(discriminator, Mapping) else {}
-    return AuthorsCheckpoint(document, content[_KEYS[kind]], kind, discriminator)
+    return AuthorsCheckpoint(
+        document, _unwrapped(content[_KEYS[kind]]), kind, _discriminator(content, _KEYS[present[0]])
+    )
+
+
+def _discriminator(content: Mapping[str, Any], key: str) -> Mapping[str, Tensor]:
+    """The discriminator of a file: by itself, or within the state dict of that key."""
+    alone = content.get("discriminator")
+    if isinstance(alone, Mapping):
+        return _unwrapped(alone)
+    state = _unwrapped(content[key])
+    within = {name: tensor for name, tensor in state.items() if name.startswith(_DISCRIMINATOR)}
+    return _unwrapped({name.removeprefix(_DISCRIMINATOR): tensor for name, tensor in within.items()})
+
+
+def _unwrapped(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict under the names that it has without DistributedDataParallel."""
+    if not all(name.startswith(_WRAPPED) for name in state):
+        return state
+    return {name.removeprefix(_WRAPPED): tensor for name, tensor in state.items()}
 
 
 def read_document(folder: str | Path) -> Mapping[str, Any]:

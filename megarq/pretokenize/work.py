@@ -84,7 +84,7 @@ class Work:
             if manifest.samples == 0:
                 raise DataError(
                     f"no usable picture in {len(self.sources)} image shards, the first being {self.sources[0]!r}. "
-                    "Give tars whose samples have an image member (.jpg .jpeg .png .webp)."
+                    "Give tars whose samples have an image member (.jpg .jpeg .png .webp .bmp .tif .tiff)."
                 )
             if self.settings.caption_field and not any(record.captioned for record in manifest.shards):
                 raise DataError(

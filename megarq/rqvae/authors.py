@@ -3,7 +3,7 @@
     arch: {type: rq-vae, hparams: {embed_dim, n_embed, latent_shape, code_shape, ...}, ddconfig: {ch, ch_mult, ...}}
     encoder.*, decoder.*, quant_conv.*, post_quant_conv.*     as ours
     quantizer.codebooks.<depth>.{weight, cluster_size_ema, embed_ema}   a shared codebook once per depth, identical
-    discriminator.*                                           ignored; finetuning takes the file's own `discriminator`
+    discriminator.*                                           ignored here; finetuning takes it
 
 Whatever would make the answers of the imported model differ is refused. The way back writes the same layout: what their
 code builds from it, and what is read here, is the model that was written.

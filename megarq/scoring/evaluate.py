@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from megarq.data.pictures import Pictures, decode_plain, open_pictures
 from megarq.errors import ConfigError, DataError
@@ -171,9 +172,12 @@ def evaluate(request: Request) -> Scored:
     if pictures.lossy:
         warnings.append("some of the pictures are JPEG or WebP: what they lost moves the scores. PNG loses nothing.")
     metrics: dict[str, dict[str, Any]] = {}
-    for metric in request.metrics:
+    resizes = {network.name: network.resize for network in networks} | ({"clip": clip.resize} if clip else {})
+    for metric in (bar := tqdm(request.metrics, unit=" metrics", disable=None)):
+        bar.set_description(metric)
         measured, notes = _Measure(request, features, reference, networks).measure(metric)
-        metrics.update(measured)
+        resize = resizes[request.network_of(metric)]
+        metrics.update({name: {**score, "resize": resize} for name, score in measured.items()})
         warnings += notes
     used = {network.name: network.weights.sha256 for network in networks}
     if clip:

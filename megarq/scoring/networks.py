@@ -20,7 +20,7 @@ from torch_fidelity.utils import create_feature_extractor
 from torchvision.models import ResNet101_Weights
 
 from megarq.errors import CheckpointError
-from megarq.scoring.protocols import DINOV2_SIDE, FEATURES, Protocol, prepare_dinov2
+from megarq.scoring.protocols import DINOV2_SIDE, FEATURES, Protocol, dinov2_resize, prepare_dinov2
 from megarq.scoring.weights import NETWORKS, Network, Weights, misfit
 
 VGG16_LAYER = "fc2_relu"
@@ -33,6 +33,8 @@ _DINOV2 = {384: "small", 768: "base", 1024: "large"}
 """Sizes of DINOv2, by width, that share one architecture."""
 _PATCH = 14
 """Its patches, in pixels."""
+_VGG16_RESIZE = "bilinear to 224x224 as TensorFlow 1 has it: corner-aligned grid, no antialiasing"
+"""torch-fidelity's, whatever the protocol."""
 
 
 Build = Callable[[Mapping[str, Tensor]], nn.Module]
@@ -62,6 +64,8 @@ class FeatureNetwork:
     """The file it was built from."""
     dim: int
     """Of the layer whose statistics are taken."""
+    resize: str
+    """From the pictures' size to its own, as a result tells it."""
     notes: tuple[str, ...] = ()
     """What a result should say about it."""
 
@@ -71,12 +75,15 @@ def build_network(
 ) -> FeatureNetwork:
     """Build inception, vgg16, dinov2 or one that was registered.
 
-    Raises: CheckpointError for a file of something else, naming its keys.
+    Raises: CheckpointError for a file of something else, naming its keys; ConfigError for dinov2 under a protocol that
+    does not say how it is fed.
     """
     notes = weights.notes
     if name in _OWN:
-        return FeatureNetwork(name, tuple(layers), _build_own(layers, weights, device), weights, DIMENSIONS[name])
+        own = _build_own(layers, weights, device)
+        return FeatureNetwork(name, tuple(layers), own, weights, DIMENSIONS[name], protocol.resize)
     if name == "dinov2":
+        resize = dinov2_resize(protocol.name).told
         dinov2 = _build_dinov2(weights).to(device)
         if dinov2.embed_dim != DIMENSIONS["dinov2"]:
             notes.append(
@@ -87,10 +94,10 @@ def build_network(
         def features(pixels: Tensor) -> tuple[Tensor, ...]:
             return (dinov2(prepare_dinov2(protocol.name, pixels)),)
 
-        return FeatureNetwork(name, tuple(layers), features, weights, dinov2.embed_dim, tuple(notes))
-    extractor = protocol.extractor if name == "inception" else "vgg16"
+        return FeatureNetwork(name, tuple(layers), features, weights, dinov2.embed_dim, resize, tuple(notes))
+    extractor, resize = (protocol.extractor, protocol.resize) if name == "inception" else ("vgg16", _VGG16_RESIZE)
     module = _build_fidelity(extractor, layers, weights, device)
-    return FeatureNetwork(name, tuple(layers), module, weights, DIMENSIONS[name], tuple(notes))
+    return FeatureNetwork(name, tuple(layers), module, weights, DIMENSIONS[name], resize, tuple(notes))
 
 
 def _build_own(layers: Sequence[str], weights: Weights, device: torch.device) -> Callable[[Tensor], tuple[Tensor, ...]]:
@@ -180,6 +187,7 @@ class Clip:
         self._preprocess = open_clip.image_transform(
             side, is_train=False, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD
         )
+        self.resize = f"short side to {side}, bicubic, antialiased, in 8 bits (Pillow), and the centre {side}x{side}"
         self._tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
         self.notes = weights.notes
         if not self._is_b32(state):

@@ -7,10 +7,11 @@ FID by more than models differ.
 """
 
 import runpy
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ class Protocol:
     input: str
     """What the network is fed."""
     resize: str
-    """From the pictures' size to the network's."""
+    """From the pictures' size to that of its network; a result tells that of each metric's own."""
     normalize: str
     """From grey levels to the network's numbers."""
     statistics: str
@@ -191,17 +192,45 @@ class CleanInception(_Inception):
         return (pillow_bicubic(pixels, INCEPTION_SIDE) - 128) / 128
 
 
-def prepare_dinov2(protocol: str, pixels: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] as DINOv2 takes them, [B, 3, 224, 224], resized as the protocol has it for Inception.
+class Resize(NamedTuple):
+    """How pictures become those of a network's size."""
 
-    torch-fidelity: what its own DINOv2 does. clean: what dgm-eval does with clean_resize, clipping what overshoots.
-    """
-    if protocol == "rq-paper":
-        images = bilinear(pixels, DINOV2_SIDE)
-    elif protocol == "torch-fidelity":
-        images = tensorflow_bilinear(pixels, DINOV2_SIDE) / 255
-    else:
-        images = pillow_bicubic(pixels, DINOV2_SIDE).clamp(0, 255) / 255
+    told: str
+    """What a result says of it."""
+    apply: Callable[[Tensor], Tensor]
+    """uint8 [B, 3, H, W] -> float in [0, 1] [B, 3, side, side]."""
+
+
+_DINOV2 = {
+    "rq-paper": Resize(
+        "bilinear to 224x224, half-pixel centres, no antialiasing (F.interpolate, align_corners=False)",
+        lambda pixels: bilinear(pixels, DINOV2_SIDE),
+    ),
+    "torch-fidelity": Resize(  # what its own DINOv2 does
+        "bilinear to 224x224 as TensorFlow 1 has it: corner-aligned grid, no antialiasing",
+        lambda pixels: tensorflow_bilinear(pixels, DINOV2_SIDE) / 255,
+    ),
+    "clean": Resize(  # what dgm-eval does with clean_resize
+        "bicubic to 224x224, antialiased, each channel in float32, clipped to 0..255, not rounded (Pillow)",
+        lambda pixels: pillow_bicubic(pixels, DINOV2_SIDE).clamp(0, 255) / 255,
+    ),
+}
+"""By protocol, which has the same for Inception."""
+
+
+def dinov2_resize(protocol: str) -> Resize:
+    """DINOv2's resize under a protocol. Raises: ConfigError for a protocol that has none."""
+    if protocol not in _DINOV2:
+        raise ConfigError(
+            f"fd-dinov2 under protocol {protocol}: only {', '.join(_DINOV2)} say how DINOv2 is fed. Use one of them, "
+            "or leave fd-dinov2 out."
+        )
+    return _DINOV2[protocol]
+
+
+def prepare_dinov2(protocol: str, pixels: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] as DINOv2 takes them, [B, 3, 224, 224]. Raises: ConfigError as `dinov2_resize`."""
+    images = dinov2_resize(protocol).apply(pixels)
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (_MEAN, _STD))
     return (images - mean) / std
 

@@ -1,18 +1,19 @@
 """Rankers for rejection sampling: which of several drawn pictures are kept.
 
 A ranker is called with pictures and what each was asked to show, and gives one score for each; higher is better.
+Its network's packages are imported when it is made: drawing without ranking needs none of them.
 """
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from PIL import Image
 
+from megarq.data.picture_set import Item
 from megarq.errors import ConfigError
-from megarq.scoring.networks import Classifier, Clip
 from megarq.scoring.weights import RANKER_WEIGHTS, find_weights
 
 _log = logging.getLogger(__name__)
@@ -23,18 +24,6 @@ _WITHOUT = "leave ranking (--keep-fraction, --keep-best) out"
 T = TypeVar("T")
 
 
-class Asked(Protocol):
-    """What a picture was asked to show."""
-
-    @property
-    def prompt(self) -> str | None:
-        """A caption."""
-
-    @property
-    def label(self) -> int | None:
-        """A class."""
-
-
 class ClipRanker:
     """Cosine of picture and caption under CLIP ViT-B/32."""
 
@@ -42,6 +31,8 @@ class ClipRanker:
 
     def __init__(self, weights: Path | None, device: torch.device) -> None:
         """weights: a file; by default one in a cache. Raises: CheckpointError for none, or one of something else."""
+        from megarq.scoring.networks import Clip
+
         self._clip = Clip(find_weights("clip", weights, RANKER_WEIGHTS), device)
         _tell(self._clip.notes)
 
@@ -50,7 +41,7 @@ class ClipRanker:
         """Of the file of weights."""
         return self._clip.weights.sha256
 
-    def __call__(self, pictures: Sequence[Image.Image], items: Sequence[Asked]) -> list[float]:
+    def __call__(self, pictures: Sequence[Image.Image], items: Sequence[Item]) -> list[float]:
         """Raises: ConfigError for an item without a caption."""
         scores: list[float] = []
         for first in range(0, len(pictures), BATCH):
@@ -68,6 +59,8 @@ class ClassRanker:
 
     def __init__(self, weights: Path | None, device: torch.device) -> None:
         """weights: a file; by default one in a cache. Raises: CheckpointError for none, or one of something else."""
+        from megarq.scoring.networks import Classifier
+
         self._classifier = Classifier(find_weights("resnet101", weights, RANKER_WEIGHTS), device)
         _tell(self._classifier.notes)
 
@@ -76,7 +69,7 @@ class ClassRanker:
         """Of the file of weights."""
         return self._classifier.weights.sha256
 
-    def __call__(self, pictures: Sequence[Image.Image], items: Sequence[Asked]) -> list[float]:
+    def __call__(self, pictures: Sequence[Image.Image], items: Sequence[Item]) -> list[float]:
         """Raises: ConfigError for an item without a class, or of a class that the network does not know."""
         scores: list[float] = []
         for first in range(0, len(pictures), BATCH):

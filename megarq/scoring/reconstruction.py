@@ -54,8 +54,8 @@ class ReconstructionRequest:
 
     model: Path
     """An exported model, an RQ-VAE folder, code shards, or a run of train_rqvae."""
-    data: str
-    """Folder, shards or picture set."""
+    data: tuple[str, ...]
+    """Folders, shards, LMDB or picture sets, one after another."""
     protocol: Protocol
     """How pictures become an rFID."""
     metrics: tuple[str, ...]
@@ -202,10 +202,10 @@ def reconstruct(request: ReconstructionRequest, environment: LaunchEnvironment) 
 
 
 def _choose(request: ReconstructionRequest) -> Pictures:
-    pictures = open_pictures(request.data)
+    pictures = open_pictures(*request.data)
     total, count = len(pictures), request.count or len(pictures)
     if count > total:
-        raise ConfigError(f"--count {count} of the {total} pictures of {request.data}. Give at most {total}.")
+        raise ConfigError(f"--count {count} of the {total} pictures of {pictures.source}. Give at most {total}.")
     if "rfid" in request.metrics and count < 2:
         raise DataError(f"rfid of {count} picture: give at least 2, and rather {FEW['rfid']}.")
     return replace(pictures, count=count, read=lambda index: pictures[index * total // count])

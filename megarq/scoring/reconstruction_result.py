@@ -50,7 +50,7 @@ def to_result(made: Reconstructed) -> dict[str, Any]:
         "weights_sha256": made.networks.sha256,
         "reference_sha256": originals,
         "reference": {
-            "path": request.data,
+            "path": pictures.source,
             "kind": "pictures",
             "count": len(pictures),
             "size": size,

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from megarq.data.faults import Faults
-from megarq.data.files import expand_shards
-from megarq.data.image_shards import IMAGE_EXTENSIONS, ImageIndex, scan_samples, split_name
+from megarq.data.image_shards import IMAGE_EXTENSIONS, scan_samples, split_name
+from megarq.data.image_sources import open_images
 from megarq.data.pictures import Picture, Pictures, decode_plain, open_pictures
-from megarq.data.transforms import decode_rgb
+from megarq.data.transforms import decode_rgb, find_transform
 from megarq.errors import DataError
 from megarq.scoring.report_results import Result
 
@@ -142,15 +142,16 @@ def _tile(
     caption: str | None,
     index: int | None = None,
     score: float | None = None,
-    crop: bool = False,
+    transform: str | None = None,
 ) -> Tile:
+    """transform: what brought the picture to what the network saw."""
     try:
-        image = decode_rgb(picture.data) if crop else decode_plain(picture.data)
+        image = decode_rgb(picture.data) if transform else decode_plain(picture.data)
+        if transform:
+            image = find_transform(transform)(image, min(*image.size, SIDE), random.Random(0))
     except DataError as error:
         reason = str(error).rpartition(". ")[0]
         raise DataError(f"picture {picture.name}: {reason}. Replace or remove it, and score again.") from error
-    if crop:  # to what the network saw
-        image = ImageOps.fit(image, (min(*image.size, SIDE),) * 2)
     if max(image.size) > SIDE:
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     if caption and len(caption) > _LONGEST_CAPTION:
@@ -198,21 +199,23 @@ def _add_reference(gallery: Gallery, results: Sequence[Result], ids: Sequence[An
             raise
         gallery.note = f"The reference pictures, {path}, are not at hand."
         return
-    crop = named.get("transform") == "center"
+    transform = named.get("transform")
     by_id = _find_named(reference, ids)
     if 2 * len(by_id) >= len(ids):  # a few could bear such a name by chance
         gallery.paired = True
         for place, sample in zip(ids, gallery.samples, strict=True):
             picture = by_id.get(place)
             name = f"reference picture for {sample.index}"
-            gallery.reference.append(_tile(picture, name, sample.caption, crop=crop) if picture else None)
+            gallery.reference.append(_tile(picture, name, sample.caption, transform=transform) if picture else None)
         return
     seed = (told["scored_seed"] if told else None) or 0
     places = random.Random(seed).sample(range(len(reference)), min(len(gallery.samples), len(reference)))
     gallery.note = f"A random sample of the {len(reference):,} reference pictures (seed {seed}): they are not paired."
     for place in places:
         picture = reference[place]
-        gallery.reference.append(_tile(picture, f"reference picture {place}", picture.prompt, place, crop=crop))
+        gallery.reference.append(
+            _tile(picture, f"reference picture {place}", picture.prompt, place, transform=transform)
+        )
 
 
 def _find_named(reference: Pictures, ids: Sequence[Any]) -> dict[Any, Picture]:
@@ -237,8 +240,8 @@ def _names(reference: Pictures) -> list[tuple[int | Path, str]]:
     if reference.kind == "folder":
         paths = Path(reference.source).rglob("*")
         return [(path, path.stem) for path in paths if path.suffix.lower()[1:] in IMAGE_EXTENSIONS]
-    index = ImageIndex(expand_shards(reference.source), Faults())
-    return [(place, index.name(place)[1]) for place in range(len(index))]
+    images = open_images([reference.source])
+    return [(place, images.name(place)[1]) for place in range(len(images))]
 
 
 def _read(reference: Pictures, place: int | Path) -> Picture:

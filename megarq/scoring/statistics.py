@@ -228,6 +228,10 @@ def _read_cache(path: Path, reference: Reference) -> None:
     network = _cached_network(path)
     if network:
         reference.protocol = "torch-fidelity"
+        reference.notes.append(
+            f"statistics {path.name} carry no protocol, weights or pictures: that they are of {network} as "
+            "torch-fidelity feeds it was taken from the file's name."
+        )
     else:
         reference.notes.append(_unnamed(path))
     reference.networks[network] = statistics

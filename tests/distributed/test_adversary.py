@@ -183,11 +183,11 @@ def test_the_warmup_of_the_discriminators_rate_begins_when_it_joins(rank_group, 
     assert rank_group(1).run(first_moves, start) == [pytest.approx(DISCRIMINATOR_LR / 4, rel=1e-3)]
 
 
-def weights_taken(change: str) -> None:
-    """An Adversary that starts from another's state dict, changed."""
+def weights_taken(change: str, filters: int = 8) -> None:
+    """An Adversary of 8 filters that starts from another's state dict, changed."""
     config = tiny_stage1(1)
     adversary = Adversary(RQVAE(config.model), config, BATCH, ProcessGroups.build(Topology()), CPU)
-    state = Discriminator(filters=config.loss.discriminator_channels, seed=99).state_dict()
+    state = Discriminator(filters=filters, seed=99).state_dict()
     if change:
         state[f"main.{change}"] = state.pop("main.3.weight")
     adversary.take_weights(state)
@@ -201,5 +201,11 @@ def test_a_discriminator_starts_from_given_weights(rank_group):
 
 
 def test_a_discriminator_of_other_layers_is_refused(rank_group):
-    with pytest.raises(AssertionError, match=r"main.3.weight, main.9.weight differ. Set loss.discriminator_layers"):
+    told = r"main.3.weight is missing there, \[16\] here; main.9.weight is \[16\] there, missing here. Set loss.discrim"
+    with pytest.raises(AssertionError, match=told):
         rank_group(1).run(weights_taken, "9.weight")
+
+
+def test_a_discriminator_of_another_width_is_refused_with_both_shapes(rank_group):
+    with pytest.raises(AssertionError, match=r"main.0.weight is \[4, 3, 4, 4\] there, \[8, 3, 4, 4\] here"):
+        rank_group(1).run(weights_taken, "", 4)

@@ -65,7 +65,7 @@ def made_up_result(images: Path | str, count: int, **changes: Any) -> dict[str, 
             "is": {"value": 25.5, "std": 0.31, "splits": 10, "interval": None, "network": "inception"},
             "precision": {"value": 0.66, "interval": None, **inception, "neighbours": 3},
             "recall": {"value": 0.5, "interval": None, **inception, "neighbours": 3},
-            "clip": {"value": 0.31, "interval": None, "std": 0.02, "network": "clip"},
+            "clip": {"value": 0.31, "interval": None, "std": 0.02, "network": "clip", "resize": "short side to 224"},
         },
         "protocol": {
             "name": "rq-paper",

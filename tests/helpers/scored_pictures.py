@@ -28,4 +28,4 @@ def stand_in(name: str, layers: tuple[str, ...], dim: int = 6, sha256: str = "0"
 
     weights = Weights(name, Path("made-up.pth"))
     weights.__dict__["sha256"] = sha256  # as if it had been computed
-    return FeatureNetwork(name, layers, features, weights, dim)
+    return FeatureNetwork(name, layers, features, weights, dim, "the first row")

@@ -112,6 +112,14 @@ def test_pictures_and_epochs_of_stage_1_are_the_published_ones(name: str, expect
     assert (train.lr, train.betas, train.weight_decay, train.global_batch_size) == (4e-5, [0.5, 0.9], 0.0, 128)
 
 
+@pytest.mark.parametrize("name", STAGE_1)
+def test_the_discriminators_schedule_is_the_published_one(name: str) -> None:
+    loss = load_config(name, [], "rq-vae").loss
+    assert (loss.adversarial, loss.adversarial_weight, loss.discriminator_weight) == ("hinge", 0.75, 0.75)
+    assert (loss.discriminator_start, loss.discriminator_warmup, loss.discriminator_lr) == (0, 0, None)
+    assert (loss.discriminator_layers, loss.discriminator_channels) == (2, 64)
+
+
 @pytest.mark.parametrize("name", ["rqvae-church-8x8x4", "rqvae-cat-8x8x4", "rqvae-bedroom-8x8x4", "rqvae-cc3m-8x8x4"])
 def test_what_is_finetuned_from_imagenet_has_its_architecture(name: str) -> None:
     assert load_config(name, [], "rq-vae").model == load_config("rqvae-8x8x4", [], "rq-vae").model

@@ -6,7 +6,6 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import lmdb
 import numpy as np
 import pytest
 from flaky_server import FlakyServer
@@ -50,22 +49,6 @@ def make_tar(tmp_path: Path) -> Callable[[str, Mapping[str, bytes]], str]:
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
         return str(path)
-
-    return make
-
-
-@pytest.fixture
-def make_lmdb(tmp_path: Path) -> Callable[[str, Mapping[bytes, bytes]], Path]:
-    """Write a database of these keys and values into a folder of the test's, as LSUN's."""
-
-    def make(name: str, entries: Mapping[bytes, bytes]) -> Path:
-        with (
-            lmdb.open(str(tmp_path / name), map_size=2**26) as environment,
-            environment.begin(write=True) as transaction,
-        ):
-            for key, value in entries.items():
-                transaction.put(key, value)
-        return tmp_path / name
 
     return make
 

@@ -1,16 +1,20 @@
 """Pictures in tars, folders and LMDB: one face, and the same batches whatever they lie in."""
 
+import io
 import logging
 from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from megarq.data.image_sources import open_images
 from megarq.data.images import ImageLoader
+from megarq.data.transforms import from_pixels
 from megarq.errors import DataError
 
 KINDS = ("shards", "folder", "lmdb")
@@ -126,6 +130,20 @@ def test_other_and_hidden_files_are_left_out(tmp_path, png):
     assert [source.name(index)[1] for index in range(len(source))] == ["E.JPG", "a.png"]
 
 
+@pytest.mark.parametrize("kind", ["BMP", "TIFF"])
+def test_pictures_without_loss_of_other_formats_are_read(kind, tmp_path, make_tar):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    names = {"BMP": ["a.bmp"], "TIFF": ["a.TIF", "b.tiff"]}[kind]
+    folder = write_files(tmp_path / "folder", dict.fromkeys(names, buffer.getvalue()))
+    shard = make_tar("0.tar", dict.fromkeys(names, buffer.getvalue()))
+    for place in (str(folder), shard):
+        (images,) = batches([place], 1, transform="none", global_batch_size=len(names))
+        assert len(open_images([place])) == len(names)
+        assert all(torch.equal(image, from_pixels(torch.from_numpy(pixels))) for image in images)
+
+
 def test_names_need_not_be_text(tmp_path, png):
     folder = write_files(tmp_path / "odd", {"a.png": png(0)})
     (folder / "a.png").rename(folder / b"\xff.png".decode(errors="surrogateescape"))
@@ -141,8 +159,10 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
 
 def test_training_and_validation_are_not_read_together(tmp_path, png):
     write_files(tmp_path / "imagenet", {"train/n1/a.JPEG": png(0), "val/n1/b.JPEG": png(1)})
-    with pytest.raises(DataError, match=r"holds the folders train and val\. Give one of them: .*imagenet/train"):
-        open_images([str(tmp_path / "imagenet")])
+    for name in ("notes.txt", "ILSVRC2012_img_train.tar"):  # a tar beside them does not make it a folder of shards
+        write_files(tmp_path / "imagenet", {name: b""})
+        with pytest.raises(DataError, match=r"holds the folders train and val\. Give one of them: .*imagenet/train"):
+            open_images([str(tmp_path / "imagenet")])
 
 
 def test_what_is_missing_is_named(tmp_path):
@@ -170,3 +190,12 @@ def test_files_that_cannot_be_read_stop_above_the_rate(places, tmp_path):
         file.unlink()
     with pytest.raises(DataError, match=r"^11 bad samples of 11 seen"):
         next(iter(ImageLoader(source, "none", 8, COUNT)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fingerprint_tells_other_lists_apart(kind, places, tmp_path, png):
+    once, again = open_images(places[kind]).fingerprint(), open_images(places[kind]).fingerprint()
+    more = str(write_files(tmp_path / "more", {"x.png": png(90)}))
+    joined = open_images([*places[kind], more]).fingerprint()
+    turned = open_images([more, *places[kind]]).fingerprint()
+    assert once == again and len({once, joined, turned}) == 3

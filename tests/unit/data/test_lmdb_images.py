@@ -9,19 +9,39 @@ from pathlib import Path
 import pytest
 
 from megarq.data import lmdb_images
-from megarq.data.faults import Faults
+from megarq.data.faults import Fault, Faults, TooManyFaultsError
 from megarq.data.image_lists import list_folder
+from megarq.data.image_sources import open_images
 from megarq.data.image_stores import open_store
 from megarq.data.image_writer import write_image_shards
-from megarq.data.lmdb_images import KEYS, LmdbImages
+from megarq.data.images import ImageLoader
+from megarq.data.lmdb_images import LmdbImages
 from megarq.errors import DataError
 
+KEYS = "data.mdb.megarq-keys.npz"
 ENTRIES = {b"b" * 40: b"RIFF second", b"a" * 40: b"RIFF first", b"odd\xff\x00": b"RIFF third"}
 
 
 @pytest.fixture
 def database(make_lmdb: Callable[..., Path]) -> Path:
     return make_lmdb("cat", ENTRIES)
+
+
+def tear(database: Path, value: bytes) -> None:
+    """Spoil the head of the pages that hold a value longer than half a page, as a disk does it: without a new date."""
+    path = database / "data.mdb"
+    stat = path.stat()
+    with path.open("r+b") as file:
+        file.seek(file.read().index(value) - 16)
+        file.write(b"\xff" * 16)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.fixture
+def long_database(make_lmdb: Callable[..., Path]) -> tuple[Path, list[bytes]]:
+    """A database of 40 records on pages of their own, and the records."""
+    values = [b"RIFF" + os.urandom(9000) for _ in range(40)]
+    return make_lmdb("long", {f"{number:02d}".encode(): value for number, value in enumerate(values)}), values
 
 
 def contents(images: LmdbImages) -> list[bytes]:
@@ -39,7 +59,7 @@ def test_the_database_is_not_written(database):
     before = (database / "data.mdb").read_bytes()
     contents(LmdbImages(database))
     assert (database / "data.mdb").read_bytes() == before
-    assert sorted(path.name for path in database.iterdir()) == ["data.mdb", "lock.mdb", KEYS]
+    assert sorted(path.name for path in database.iterdir()) == ["data.mdb", KEYS, "lock.mdb"]
 
 
 def test_keys_are_read_once(database, monkeypatch):
@@ -59,6 +79,24 @@ def test_keys_are_read_again_where_the_database_has_changed(database, make_lmdb)
     LmdbImages(database)
     make_lmdb("cat", {b"0": b"RIFF new"})
     assert contents(LmdbImages(database)) == [b"RIFF new", b"RIFF first", b"RIFF second", b"RIFF third"]
+
+
+def test_keys_of_another_database_of_the_same_name_and_size_are_not_taken(make_lmdb, database):
+    stat = (database / "data.mdb").stat()
+    LmdbImages(database)
+    other = make_lmdb("other", {key.replace(b"a", b"z"): value for key, value in ENTRIES.items()})
+    os.utime(other / "data.mdb", ns=(stat.st_mtime_ns, stat.st_mtime_ns + 1))
+    (other / "data.mdb").replace(database / "data.mdb")
+    assert (database / "data.mdb").stat().st_size == stat.st_size
+    assert LmdbImages(database).name(2)[1] == "z" * 40
+
+
+def test_databases_of_one_folder_keep_their_keys_apart(database, make_lmdb, monkeypatch):
+    (make_lmdb("other", {b"x": b"RIFF x"}) / "data.mdb").rename(database / "dog.mdb")
+    for name in ("data.mdb", "dog.mdb"):
+        LmdbImages(database / name)
+    monkeypatch.setattr(lmdb_images.PackedBytes, "of", lambda _: pytest.fail("the keys are read again"))
+    assert (len(LmdbImages(database)), len(LmdbImages(database / "dog.mdb"))) == (3, 1)
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 torn", b"\x80\x04 a pickle"])
@@ -154,3 +192,59 @@ def test_a_database_is_packed_into_shards(make_lmdb, png, tmp_path):
     with tarfile.open(shard) as tar:
         members = {member.name: tar.extractfile(member).read() for member in tar}
     assert members == {f"{number:040x}.png": png(number) for number in range(5)}
+
+
+def test_a_torn_record_is_a_broken_picture(long_database, png):
+    database, values = long_database
+    images = LmdbImages(database)
+    tear(database, values[7])
+    with pytest.raises(OSError, match="cannot be read as an LMDB"):
+        images.read(7)
+    assert images.read(8) == values[8]
+
+
+def test_training_passes_over_a_torn_record(make_lmdb, png, caplog):
+    pictures = [png(number) + bytes(9000) for number in range(8)]
+    database = make_lmdb("torn", {f"{number}".encode(): picture for number, picture in enumerate(pictures)})
+    source = open_images([str(database)])
+    tear(database, pictures[3])
+    batch = next(iter(ImageLoader(source, "none", 8, 8)))
+    assert len(batch.images) == 8 and "skipped 3 in" in caplog.text and Fault.UNREADABLE_IMAGE in caplog.text
+
+
+@pytest.mark.parametrize(("torn", "listed"), [([7], 39), ([0], 39), ([39], 39), ([7, 9], 37)])
+def test_records_that_a_torn_page_hides_are_counted(long_database, torn, listed):
+    database, values = long_database
+    for place in torn:
+        tear(database, values[place])
+    for _ in range(2):  # the second time from the file of keys
+        images = LmdbImages(database)
+        assert (len(images), images.lost) == (listed, 40 - listed)
+    assert contents(images) == values[: min(torn)] + values[max(torn) + 1 :]
+    assert len(open_images([str(database)], max_bad_rate=0.1)) == listed
+    with pytest.raises(TooManyFaultsError, match=f"{40 - listed} bad samples of 40 seen"):
+        open_images([str(database)], max_bad_rate=0.01)
+
+
+def test_a_database_with_a_torn_record_is_packed_without_it(long_database):
+    database, values = long_database
+    tear(database, values[0])
+    faults = Faults(0.1)
+    samples = list_folder(open_store(database), faults)
+    assert (len(samples), faults.seen, faults.skipped) == (39, 40, 1) and samples.images[0].name == "01.webp"
+
+
+def test_the_first_picture_that_is_whole_gives_the_format(long_database):
+    database, values = long_database
+    LmdbImages(database)
+    tear(database, values[0])
+    assert open_store(database).files[0] == "00.webp"
+
+
+def test_a_database_without_a_sound_page_is_refused(make_lmdb):
+    values = [b"RIFF" + bytes([number]) * 9000 for number in range(2)]
+    database = make_lmdb("broken", dict(zip((b"a", b"b"), values, strict=True)))
+    for value in values:
+        tear(database, value)
+    with pytest.raises(DataError, match="cannot be read as an LMDB"):
+        LmdbImages(database)

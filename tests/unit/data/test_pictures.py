@@ -80,11 +80,48 @@ def test_tars_are_listed_in_order_with_their_first_captions(tmp_path):
     assert pictures.lossy and pictures.kind == "shards"
 
 
+@pytest.mark.parametrize(("name", "lossy"), [("a.bmp", False), ("a.tiff", False), ("a.PNG", False), ("a.JPG", True)])
+def test_which_formats_lose_something(tmp_path, name, lossy):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / name).write_bytes(b"")
+    write_tar(tmp_path / "one.tar", {name: b""})
+    assert open_pictures(tmp_path / "one").lossy == open_pictures(tmp_path / "one.tar").lossy == lossy
+
+
 def test_a_set_is_listed_with_prompts_and_settings(tmp_path):
     pictures = open_pictures(write_set(tmp_path / "set"))
     assert [pictures[index].prompt for index in range(4)] == [f"picture {index}" for index in range(4)]
     assert pictures.kind == "set" and not pictures.lossy
     assert pictures.settings is not None and pictures.settings["model"]["weights"] == "ema"
+
+
+def test_an_lmdb_is_listed_by_its_keys(make_lmdb):
+    encoded = {b"b": picture(0), b"a": picture(1)}
+    pictures = open_pictures(make_lmdb("val_lmdb", encoded))
+    assert (pictures.kind, len(pictures), pictures[0].data, pictures[0].prompt) == ("lmdb", 2, encoded[b"a"], None)
+    assert pictures[0].name.endswith("val_lmdb/data.mdb/a")
+    assert [len(batch.names) for batch in PixelStream(pictures, 1, workers=4)] == [1, 1]
+
+
+def test_an_lmdb_with_a_damaged_page_is_refused(make_lmdb):
+    encoded = {f"{number}".encode(): picture(number) + bytes(9000) for number in range(3)}
+    database = make_lmdb("val_lmdb", encoded)
+    pictures = open_pictures(database)
+    whole = (database / "data.mdb").read_bytes()
+    place = whole.index(encoded[b"1"]) - 16
+    (database / "data.mdb").write_bytes(whole[:place] + b"\xff" * 16 + whole[place + 16 :])
+    with pytest.raises(DataError, match="cannot be read as an LMDB"):
+        pictures[1]
+    with pytest.raises(DataError, match="damaged pages hide 1 of 3 pictures: scores over a part of them"):
+        open_pictures(database)
+
+
+def test_several_sources_follow_one_another(folder, tmp_path):
+    write_tar(tmp_path / "0.tar", {"x.png": picture(7), "x.txt": b"seven"})
+    pictures = open_pictures(folder, tmp_path / "0.tar", folder)
+    assert names(pictures) == [*names(open_pictures(folder)), f"{tmp_path}/0.tar/x", *names(open_pictures(folder))]
+    assert pictures[4].prompt == "seven" and pictures.lossy
+    assert (pictures.kind, pictures.source) == ("several", f"{folder} {tmp_path / '0.tar'} {folder}")
 
 
 def test_a_set_with_fewer_pictures_than_captions_is_refused(tmp_path):

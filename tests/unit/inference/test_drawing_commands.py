@@ -1,26 +1,28 @@
 """evaluation/coco.py, cc3m.py and class_conditional.py: what each draws, ranking, and what each refuses."""
 
-import importlib.util
 import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripts import load_script
 from tiny_models import build_models, export_models
 
 from megarq.data.faults import Faults
 from megarq.data.image_shards import scan_samples
 from megarq.data.picture_set import Item, PictureSettings
 from megarq.errors import CheckpointError, ConfigError, DataError
+from megarq.scoring import rankers
 
-ROOT = Path(__file__).parents[3]
 KINDS = {"class": {"cond_length": 1, "cond_vocab_size": 5}, "none": {"cond_length": 1, "cond_vocab_size": 1}}
 
 
@@ -37,14 +39,8 @@ class Brightness:
 
 
 def load(name: str, ranker: type | None = Brightness) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "evaluation" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for made in ("clip_ranker", "class_ranker"):
-        if ranker and hasattr(module, made):
-            setattr(module, made, ranker)
-    return module
+    with patch.multiple(rankers, ClipRanker=ranker, ClassRanker=ranker) if ranker else nullcontext():
+        return load_script(f"evaluation/{name}.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """An RQ-VAE to start from: every kind of folder, which weights, the architecture, what is not there."""
 
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -79,6 +80,43 @@ def test_the_discriminator_comes_under_its_own_names(folders):
     assert found.keys() == {"main.0.bias"} and torch.equal(found["main.0.bias"], torch.ones(8))
     assert not read_first_weights(folders / "run").discriminator
     assert not read_first_weights(folders / "exported").discriminator
+
+
+def wrapped(state):
+    """As DistributedDataParallel names it."""
+    return {f"module.{name}": tensor for name, tensor in state.items()}
+
+
+def within(content):
+    """The discriminator in the state dict, and another one in that of the averages."""
+    ours, average = (
+        {f"discriminator.{name}": factor * tensor for name, tensor in content["discriminator"].items()}
+        for factor in (1, 2)
+    )
+    return {"state_dict": content["state_dict"] | ours, "state_dict_ema": content["state_dict_ema"] | average}
+
+
+AS_SAVED = {
+    "wrapped apart": lambda content: {
+        name: wrapped(part) if isinstance(part, dict) else part for name, part in content.items()
+    },
+    "within": within,
+    "wrapped together": lambda content: {name: wrapped(state) for name, state in within(content).items()},
+    "wrapped within": lambda content: within(content | {"discriminator": wrapped(content["discriminator"])}),
+}
+
+
+@pytest.mark.parametrize("weights", ["param", "ema"])
+@pytest.mark.parametrize("saved", AS_SAVED)
+def test_the_authors_file_may_be_wrapped_and_hold_the_discriminator_anywhere(folders, tmp_path, saved, weights):
+    shutil.copytree(folders / "authors", tmp_path / "saved")
+    content = torch.load(tmp_path / "saved" / "model.pt", weights_only=True)
+    torch.save(AS_SAVED[saved](content), tmp_path / "saved" / "model.pt")
+    expected, found = (read_first_weights(folder, weights) for folder in (folders / "authors", tmp_path / "saved"))
+    for name in ("state", "discriminator"):
+        theirs, ours = getattr(expected, name), getattr(found, name)
+        assert theirs and ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
 
 
 def test_the_reference_can_be_trained_on(reference):

@@ -7,6 +7,7 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ class Projected:
         def features(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return (((pixels.flatten(1).float() / 255 - 0.5) @ self._projection).relu(),)
 
-        return FeatureNetwork("inception", ("2048",), features, self.weights, 2048)
+        return FeatureNetwork("inception", ("2048",), features, self.weights, 2048, "none")
 
 
 @pytest.mark.full
@@ -99,6 +100,26 @@ def test_fid_of_2048_dimensions_is_that_of_scipys_root_in_float64(tmp_path, monk
         seen.append(torch.cat([network.module(part)[0] for part in parts]).double().numpy())
     assert all(np.linalg.matrix_rank(np.cov(rows.T)) == 2048 for rows in seen)
     assert found > 1 and found == pytest.approx(frechet(*seen), abs=1e-6)
+
+
+def test_each_metric_tells_the_resize_of_its_own_network(quick, many, others):
+    told = {"inception": "to 299", "vgg16": "to 224"}
+    network = lambda name, p, layers, *_: replace(stand_in(name, tuple(layers)), resize=told[name])  # noqa: E731
+    with patch.object(module, "build_network", network):
+        result = to_result(evaluate(ask(many, others, "fid", "prc", prc_network="vgg16")))
+    assert {name: score["resize"] for name, score in result["metrics"].items()} == {
+        "fid": "to 299",
+        "precision": "to 224",
+        "recall": "to 224",
+    }
+
+
+def test_each_metric_is_named_when_it_starts(quick, many, others, monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", screen)
+    evaluate(ask(many, others, "is", "fid"))
+    assert screen.getvalue().index("is: ") < screen.getvalue().index("fid: ")
 
 
 def test_statistics_give_what_their_pictures_give(quick, many, others, tmp_path):
@@ -268,6 +289,7 @@ class Words:
     """A stand-in for CLIP: the cosine is the length of the prompt in hundredths."""
 
     notes: tuple[str, ...] = ()
+    resize = "to 1"
 
     class weights:  # noqa: N801
         sha256 = "c" * 64
@@ -290,7 +312,7 @@ def test_a_drawn_set_tells_of_its_model_in_the_result(words, tmp_path):
     found = evaluate(ask(drawn, None, "clip", bootstrap=10))
     write_result(tmp_path / "out.json", to_result(found))
     result = json.loads((tmp_path / "out.json").read_text())
-    assert result["metrics"]["clip"]["value"] == pytest.approx(0.105)
+    assert result["metrics"]["clip"]["value"] == pytest.approx(0.105) and result["metrics"]["clip"]["resize"] == "to 1"
     assert (result["seed"], result["ema"], result["step"], result["model_fingerprint"]) == (7, True, 10, "f" * 64)
     assert result["images"]["keep_fraction"] == 0.5 and result["images"]["sampling"]["top_k"] == 1024
     assert result["clip_scores"]["best"][0] == [19, pytest.approx(0.2)] and len(result["clip_scores"]["worst"]) == 16

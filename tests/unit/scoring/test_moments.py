@@ -77,7 +77,7 @@ class Watched:
             self._batches.append(weakref.ref(rows))
             return (torch.from_numpy(rows),)  # which keeps the array as long as there is a view of it
 
-        return FeatureNetwork("inception", ("2048",), features, plain.weights, plain.dim)
+        return FeatureNetwork("inception", ("2048",), features, plain.weights, plain.dim, plain.resize)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """CLIP, DINOv2 and ResNet-101, in small where the architecture allows, with random weights."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,7 +73,9 @@ def test_clip_scores_are_cosines_under_quick_gelu(clip_file, pictures, pixels):
 
 
 def test_a_clip_that_is_not_vit_b_32_is_told(clip_file):
-    unpublished, small = Clip(Weights("clip", clip_file), CPU).notes
+    clip = Clip(Weights("clip", clip_file), CPU)
+    unpublished, small = clip.notes
+    assert clip.resize.startswith("short side to 32, bicubic")
     assert "the weights of clip have sha256" in unpublished and "not e6d1bd7789aa.." in unpublished
     assert small == "clip is CLIP ViT of width 64, patch 8: CLIP scores are published for ViT-B/32."
 
@@ -123,9 +126,17 @@ def test_dinov2_gives_the_normed_class_token(dinov2_file, pixels):
     with torch.no_grad():
         tokens = network.forward_features(prepare_dinov2("clean", pixels))
     assert found.shape == (2, 384) and torch.allclose(found, tokens[:, 0], atol=1e-5)
+    assert built.resize.startswith("bicubic to 224x224, antialiased")
     unpublished, small = built.notes
     assert built.dim == 384 and "not d5383ea8f487..: scores cannot be held against published ones." in unpublished
     assert small == "dinov2 is of width 384: FD-DINOv2 is published for ViT-L/14, of width 1024."
+
+
+def test_dinov2_under_a_protocol_of_ones_own_is_refused_before_the_pass(dinov2_file):
+    with pytest.raises(ConfigError, match="fd-dinov2 under protocol digits"):
+        build_network(
+            "dinov2", replace(PROTOCOLS["clean"], name="digits"), ["cls"], Weights("dinov2", dinov2_file), CPU
+        )
 
 
 def test_positions_are_resized_on_metas_grid():
@@ -224,4 +235,5 @@ def test_vgg16_is_torch_fidelitys(files, pixels):
     theirs = FeatureExtractorVGG16("vgg16", ["fc2_relu"], feature_extractor_weights_path=files / "vgg16.pth")
     [found], [expected] = built.module(pixels), theirs(pixels)
     assert found.shape == (2, 4096) and built.dim == 4096
+    assert built.resize.startswith("bilinear to 224x224")
     assert torch.equal(found, expected) and found.std() > 1e-3 and not torch.equal(found[0], found[1])

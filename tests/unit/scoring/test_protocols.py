@@ -93,6 +93,13 @@ def test_dinov2_is_fed_by_the_protocols_own_resize(pixels, protocol):
     assert np.allclose(prepared[1, 2].numpy(), (resized / 255 - 0.406) / 0.225, atol=1e-4)
 
 
+def test_dinov2_under_a_protocol_of_ones_own_is_refused(pixels):
+    with pytest.raises(
+        ConfigError, match="fd-dinov2 under protocol digits: only rq-paper, torch-fidelity, clean say how"
+    ):
+        prepare_dinov2("digits", pixels)
+
+
 def test_our_forward_is_torch_fidelitys_behind_the_same_resize(pixels, inception_file):
     class Theirs(CleanInception):
         @staticmethod

@@ -1,7 +1,7 @@
 """Reconstructions measured: stand-ins for Inception, a random VGG16, and an RQ-VAE of 16x16 pictures."""
 
 import json
-import runpy
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from made_up_checkpoints import save_alone
 from PIL import Image
 from random_vgg import write_vgg
 from scored_pictures import stand_in, write_pictures
+from scripts import load_script
 
 from megarq.checkpoint.format import Fragment
 from megarq.config.models import RQVAEConfig
@@ -33,6 +34,7 @@ from megarq.scoring.report import ReportRequest, make_report
 from megarq.scoring.result import to_result as to_picture_result
 from megarq.scoring.result import write_result
 
+COMMAND = "evaluation/reconstruction.py"
 CPU = torch.device("cpu")
 ALONE = LaunchEnvironment(0, 1, 0, "127.0.0.1", 0, "none")
 SIDE, DEPTH, COUNT = 16, 3, 11
@@ -82,7 +84,7 @@ def ask(quick: Callable[..., None], model: Path, data: Path, monkeypatch: pytest
     monkeypatch.setattr(module, "build_network", lambda name, p, layers, *_: stand_in(name, tuple(layers)))
 
     def make(*metrics: str, **changes: Any) -> ReconstructionRequest:
-        asked = ReconstructionRequest(model, str(data), PROTOCOLS["rq-paper"], metrics, CPU, batch_size=4)
+        asked = ReconstructionRequest(model, (str(data),), PROTOCOLS["rq-paper"], metrics, CPU, batch_size=4)
         return replace(asked, **changes)
 
     return make
@@ -162,7 +164,7 @@ def test_the_codebooks_use_is_that_of_the_codes(ask, rqvae, data):
 @pytest.mark.parametrize("ranks", [2, 4, 5])
 def test_a_rank_sees_its_pictures_as_one_alone_does(ask, rqvae, ranks):
     request = ask("rfid", "psnr", "ssim", depths=True, shown=3)
-    pictures = module.open_pictures(request.data)
+    pictures = module.open_pictures(*request.data)
     networks = Networks(stand_in("inception", ("2048",)), None, {}, [])
     whole = module.look(request, pictures, Share(COUNT, 4), rqvae, networks)
     counts = torch.zeros_like(whole.counts)
@@ -186,8 +188,8 @@ def test_a_crop_gives_what_cropped_pictures_give(ask, tmp_path):
     cropped.mkdir()
     for path in larger.iterdir():
         Image.open(path).crop((2, 0, 2 + SIDE, SIDE)).save(cropped / path.name)
-    one = to_result(measure(ask("rfid", "psnr", data=str(larger), transform="center")))
-    two = to_result(measure(ask("rfid", "psnr", data=str(cropped))))
+    one = to_result(measure(ask("rfid", "psnr", data=(str(larger),), transform="center")))
+    two = to_result(measure(ask("rfid", "psnr", data=(str(cropped),))))
     assert one["metrics"] == two["metrics"] and one["images"]["sha256"] == two["images"]["sha256"]
     assert one["reference_sha256"] != two["reference_sha256"]
     assert (one["reference"]["transform"], two["reference"]["transform"]) == ("center", None)
@@ -291,24 +293,41 @@ def test_what_cannot_be_asked_is_refused(ask, changes, message):
         measure(ask("psnr", **changes)) if "metrics" not in changes else measure(replace(ask(), **changes))
 
 
+def test_an_lmdb_and_several_sources_give_what_one_folder_gives(ask, data, make_lmdb, tmp_path):
+    paths = sorted(data.iterdir())
+    database = make_lmdb("val_lmdb", {path.name.encode(): path.read_bytes() for path in paths})
+    parts = [tmp_path / name for name in ("first", "second")]
+    for path in paths:
+        part = parts[path.name > paths[3].name]
+        part.mkdir(exist_ok=True)
+        shutil.copy(path, part)
+    whole, *others = (
+        to_result(measure(ask("rfid", "psnr", data=tuple(map(str, given))))) for given in ([data], [database], parts)
+    )
+    for other in others:
+        assert other["metrics"] == whole["metrics"] and other["reference_sha256"] == whole["reference_sha256"]
+        assert other["count"] == COUNT
+    assert others[1]["reference"]["path"] == f"{parts[0]} {parts[1]}"
+
+
 def test_data_that_cannot_be_measured_are_refused(ask, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no pictures in .*empty"):
-        measure(ask("psnr", data=str(tmp_path / "empty")))
+        measure(ask("psnr", data=(str(tmp_path / "empty"),)))
     with pytest.raises(DataError, match="rfid of 1 picture: give at least 2, and rather 10000."):
         measure(ask("rfid", count=1))
     larger = write_pictures(tmp_path / "larger", 2, 1, size=(20, 18))
     with pytest.raises(
         DataError, match="larger/000.png is 20x18, the RQ-VAE's are 16x16. Use --transform center, or pictures"
     ):
-        measure(ask("psnr", data=str(larger)))
+        measure(ask("psnr", data=(str(larger),)))
     mixed = write_pictures(tmp_path / "mixed", 2, 1, size=(SIDE, SIDE))
     (larger / "000.png").rename(mixed / "900.png")
     with pytest.raises(DataError, match="900.png: a picture of 20x18 with transform none at resolution 16"):
-        measure(ask("psnr", data=str(mixed)))
+        measure(ask("psnr", data=(str(mixed),)))
     (mixed / "900.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match="900.png: not a readable picture of 10 bytes"):
-        measure(ask("psnr", data=str(mixed)))
+        measure(ask("psnr", data=(str(mixed),)))
 
 
 def test_a_folder_without_an_rqvae_is_refused(ask, tmp_path):
@@ -345,12 +364,29 @@ def test_missing_networks_are_named_with_their_published_files(ask, tmp_path, mo
 
 def test_the_command_writes_the_result_and_the_sheet_without_any_network(model, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    main = runpy.run_path(str(Path(__file__).parents[3] / "evaluation" / "reconstruction.py"))["main"]
     options = ["--metrics", "psnr,ssim", "--count", "3", "--device", "cpu", "--local_rank=0", "--depths"]
     places = ["--output", str(tmp_path / "out"), "--json", str(tmp_path / "more" / "tiny.json")]
-    main(["--model", str(model), "--data", str(data), *options, *places])
+    load_script(COMMAND).main(["--model", str(model), "--data", str(data), *options, *places])
     printed = capsys.readouterr().out
     assert "psnr  " in printed and "first 1" in printed and "protocol" not in printed
     assert (tmp_path / "out/scores.json").read_bytes() == (tmp_path / "more/tiny.json").read_bytes()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"scores.json", "reconstructions.png"}
     assert Image.open(tmp_path / "out/reconstructions.png").height == (DEPTH + 1) * (SIDE + 18) + 4
+
+
+def test_the_command_takes_several_data(model, data, tmp_path):
+    more = write_pictures(tmp_path / "more", 2, 9, size=(SIDE, SIDE))
+    options = ["--metrics", "psnr", "--device", "cpu", "--json", str(tmp_path / "out.json")]
+    load_script(COMMAND).main(["--model", str(model), "--data", str(data), str(more), *options])
+    assert json.loads((tmp_path / "out.json").read_text())["count"] == COUNT + 2
+
+
+@pytest.mark.parametrize("option", ["--output", "--json"])
+def test_the_command_says_at_once_where_it_cannot_write(model, data, tmp_path, monkeypatch, option):
+    script = load_script(COMMAND)
+    monkeypatch.setattr(script, "reconstruct", lambda *_: pytest.fail("the work began"))
+    blocked = tmp_path / "scores.json"
+    blocked.mkdir()
+    place = tmp_path if option == "--output" else blocked
+    with pytest.raises(IsADirectoryError, match=r"scores\.json"):
+        script.main(["--model", str(model), "--data", str(data), "--metrics", "psnr", option, str(place)])

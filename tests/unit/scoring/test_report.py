@@ -160,6 +160,7 @@ def test_the_card_says_everything_that_scores_follow_from(page, result):
     assert made.row("Weights of the model") == ["moving average (EMA)"]
     assert made.row("Step") == ["1,000"]
     assert made.row("Settings of Inception Score") == ["splits 10, network inception"]
+    assert made.row("Settings of CLIP score") == ["network clip, resize short side to 224"]
     assert made.row("Machine") == ["no GPU, 2 cores, load 0.5"]
     assert made.row("Versions") == ["python 3.11.7, torch 2.15.0"]
 
@@ -312,15 +313,19 @@ def test_a_reference_that_is_gone_is_told_and_no_error(page, result):
     assert "The reference pictures, /nowhere/real, are not at hand." in page(result).text
 
 
-def test_reference_pictures_are_cropped_as_the_protocol_did(page, result, tmp_path):
-    result["reference"] = {**reference_folder(tmp_path / "real", []), "transform": "center"}
+@pytest.mark.parametrize(
+    ("transform", "left"), [("center", (0, 0, 255)), ("squeeze", (255, 0, 0))], ids=["center", "squeeze"]
+)
+def test_reference_pictures_are_shown_as_the_networks_saw_them(page, result, tmp_path, transform, left):
+    result["reference"] = {**reference_folder(tmp_path / "real", []), "transform": transform}
     wide = Image.new("RGB", (96, 32), "red")
     wide.paste("blue", (32, 0, 64, 32))
     wide.save(tmp_path / "real" / "a.png")
     made = page(result, samples=1)
     shown = decoded(next(image for image in made.images if image["alt"].startswith("reference")))
     assert shown.size == (32, 32)
-    assert close(shown.getpixel((2, 16)), (0, 0, 255)) and close(shown.getpixel((29, 16)), (0, 0, 255))
+    assert close(shown.getpixel((2, 16)), left) and close(shown.getpixel((29, 16)), left)
+    assert close(shown.getpixel((16, 16)), (0, 0, 255))
 
 
 def test_thumbnails_are_small(page, tmp_path):

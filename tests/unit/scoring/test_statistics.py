@@ -140,7 +140,12 @@ def test_a_file_that_is_no_statistics_is_refused(tmp_path, kind, message):
 def test_torch_fidelitys_cache_is_read(theirs):
     statistics = read_statistics(theirs.cache / "real-inception-v3-compat-stat-fid-2048.pt")
     features = read_statistics(theirs.cache / "real-inception-v3-compat-features-2048.pt")
-    assert statistics.protocol == features.protocol == "torch-fidelity" and statistics.notes == []
+    assert statistics.protocol == features.protocol == "torch-fidelity"
+    for found in (statistics, features):
+        assert (
+            len(found.notes) == 1
+            and "carry no protocol, weights or pictures: that they are of inception" in found.notes[0]
+        )
     one, two = (found.networks["inception"] for found in (statistics, features))
     assert np.array_equal(one.mu, two.mu) and np.array_equal(one.sigma, two.sigma)
     assert one.features is None and two.features is not None and features.count == len(two.features)
