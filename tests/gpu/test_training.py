@@ -46,7 +46,7 @@ def test_losses_and_gradient_norms_are_those_of_plain_torch_on_the_cpu(
 @pytest.mark.parametrize("stage", [1, 2])
 @PRECISIONS
 def test_compiled_blocks_train_alike(nccl_group, tmp_path, monkeypatch, stage, precision, tolerance):
-    # ZeRO-3, which other tests train with, leaves DeepSpeed's own in its place: compiled after it, gradients were wrong.
+    # ZeRO-3, which other tests train with, leaves its own: compiled after it, gradients were wrong.
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
     assert deviation(tmp_path, ds_config(stage), precision=precision, compile=True) < tolerance
 

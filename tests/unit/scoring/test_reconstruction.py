@@ -215,7 +215,8 @@ def test_the_sheet_has_originals_reconstructions_and_first_depths(ask, rqvae, da
     made = measure(ask("psnr", shown=4))
     chosen = [0, 2, 5, 8]
     assert torch.equal(made.measured.shown[:, 0], read(data)[chosen])
-    assert torch.equal(made.measured.shown[:, -1], give_back(rqvae, read(data))[chosen])
+    levels = (made.measured.shown[:, -1].int() - give_back(rqvae, read(data))[chosen].int()).abs()
+    assert levels.max() <= 1 and levels.float().mean() < 1e-3  # a rounding apart
     pixels = np.asarray(draw_sheet(made.measured))
     rows = made.measured.shown[:, [0, DEPTH, 1, 2]].permute(1, 0, 3, 4, 2).numpy()
     for row in range(4):
