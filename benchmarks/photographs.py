@@ -25,7 +25,7 @@ from torchvision.transforms.v2.functional import five_crop
 from megarq import cli
 from megarq.config.load import load_config
 from megarq.errors import ConfigError, MegarqError
-from megarq.files import write_atomically
+from megarq.files import atomic_file, make_room, write_atomically
 from megarq.launch.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +57,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--crops", type=int, choices=range(1, 6), default=1, help="of each photograph (default 1)")
     parser.add_argument("--steps", type=int, help="of training (default: the configuration's)")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/photographs.json", metavar="OUT")
-    parser.add_argument("--pictures", type=Path, help="also draw originals and reconstructions by number of depths")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="OUT.jpg", help="also draw originals and reconstructions by number of depths"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes, such as model.channels=128")
     return parser.parse_intermixed_args(argv)
 
@@ -117,6 +119,10 @@ def progress(metrics: Path, points: int = 50) -> list[dict[str, float]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Pack, train, measure."""
     args = parse(argv)
+    if args.pictures and args.pictures.suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(f"--pictures {args.pictures}: no format of pictures ends so. Name a .png or .jpg.")
+    for file in filter(None, (args.json, args.pictures)):
+        make_room(file)
     overrides = [*args.overrides, *([f"train.steps={args.steps}"] if args.steps else [])]
     config = load_config(MODEL, overrides, "rq-vae")
     output = args.output.resolve()
@@ -142,7 +148,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     write_atomically(args.json, json.dumps(report, indent=2) + "\n")
     if args.pictures:
-        write_atomically(args.pictures, (output / "scores" / "reconstructions.png").read_bytes())
+        sheet = Image.open(output / "scores" / "reconstructions.png")
+        with atomic_file(args.pictures) as file:
+            sheet.save(file, Image.registered_extensions()[args.pictures.suffix.lower()], quality=90)
     print(f"\nPSNR {value:.2f} dB of {scores['count']} crops; above {TARGET:.0f}: {value > TARGET}")
 
 
