@@ -7,7 +7,7 @@ BIN := .venv/bin
 # One thread per process: tests and the demo start several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-full lint
+.PHONY: install demo test test-unit test-processes test-full lint
 
 install: .venv/.installed
 
@@ -19,8 +19,15 @@ install: .venv/.installed
 demo: install
 	$(BIN)/python tools/demo/run.py --output runs/demo
 
+# Two at a time: tests of one process leave a core idle, and those of several wait for each other.
 test: install
-	$(BIN)/python -m pytest tests
+	$(MAKE) --no-print-directory -j2 test-unit test-processes
+
+test-unit: install
+	$(BIN)/python -m pytest tests/unit
+
+test-processes: install
+	$(BIN)/python -m pytest tests/distributed tests/end_to_end tests/slurm tests/gpu
 
 test-full: install
 	rm -rf build/tables && mkdir -p build/tables
