@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from megarq.data.faults import Faults, TooManyFaultsError
 from megarq.data.files import expand_shards
@@ -35,6 +34,7 @@ from megarq.data.picture_set import PICTURES, PictureSettings
 from megarq.data.sources import failure
 from megarq.data.transforms import decode_rgb, find_transform
 from megarq.errors import DataError
+from megarq.progress import progress_bar
 
 _TEXTS = ("json", "txt")
 
@@ -305,8 +305,8 @@ class PixelStream:
         """Raises: DataError for an unreadable picture, and where two have different sizes."""
         parts: list[tuple[Picture, Tensor, Tensor | None]] = []
         first = ""
-        quiet = None if self._progress else True  # None: where nobody watches
-        with tqdm(total=len(self._pictures), desc=self._progress, unit=" pictures", disable=quiet) as bar:
+        quiet = not self._progress
+        with progress_bar(total=len(self._pictures), desc=self._progress, unit=" pictures", disable=quiet) as bar:
             for picture, pixels, view in self._decoded():
                 size = (pixels.shape[2], pixels.shape[1])
                 if self.size is None:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megarq.errors import ConfigError
+from megarq.progress import progress_bar
 from megarq.scoring.moments import Moments
 from megarq.scoring.statistics import Statistics
 
@@ -40,9 +40,7 @@ def resample(
 ) -> list[float]:
     """The score of each resample, given as the indices [count] drawn."""
     rng = np.random.default_rng(seed)
-    return [
-        score(rng.integers(count, size=count)) for _ in tqdm(range(replicates), f"bootstrap of {name}", disable=None)
-    ]
+    return [score(rng.integers(count, size=count)) for _ in progress_bar(range(replicates), f"bootstrap of {name}")]
 
 
 class FrechetReplicates:

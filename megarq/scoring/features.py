@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megarq.data.pictures import PictureBatch, Pictures, PixelStream
 from megarq.errors import DataError
+from megarq.rqvae.codebook import exact_arithmetic
 from megarq.scoring.moments import Moments
 from megarq.scoring.networks import Clip, FeatureNetwork
 
@@ -52,7 +53,7 @@ def extract(
     workers: int | None = None,
     progress: str = "pictures",
 ) -> Features:
-    """Pass the pictures through the networks.
+    """Pass the pictures through the networks, in fp32 without TF32.
 
     Args:
         hold: layers whose features are held.
@@ -77,24 +78,25 @@ def extract(
     moments: dict[Layer, Moments] = {}
     cosines = []
     first = 0
-    for batch in stream:
-        if size and stream.size != size:
-            raise other_size(stream.size, size)
-        pixels = batch.pixels.to(device)
-        for network in networks:
-            for name, values in zip(network.layers, network.module(pixels), strict=True):
-                layer = (network.name, name)
-                if layer in summed:
-                    if first == 0:
-                        moments[layer] = Moments.shifted_by(values)
-                    moments[layer].add(values)
-                if layer in hold:
-                    if first == 0:
-                        layers[layer] = torch.empty(len(pictures), values.shape[1])
-                    layers[layer][first : first + len(values)] = values.cpu()
-        if clip:
-            cosines.append(_cosines(clip, batch))
-        first += len(pixels)
+    with exact_arithmetic(device.type):
+        for batch in stream:
+            if size and stream.size != size:
+                raise other_size(stream.size, size)
+            pixels = batch.pixels.to(device)
+            for network in networks:
+                for name, values in zip(network.layers, network.module(pixels), strict=True):
+                    layer = (network.name, name)
+                    if layer in summed:
+                        if first == 0:
+                            moments[layer] = Moments.shifted_by(values)
+                        moments[layer].add(values)
+                    if layer in hold:
+                        if first == 0:
+                            layers[layer] = torch.empty(len(pictures), values.shape[1])
+                        layers[layer][first : first + len(values)] = values.cpu()
+            if clip:
+                cosines.append(_cosines(clip, batch))
+            first += len(pixels)
     assert stream.size is not None and first == len(pictures), "no list of pictures is empty"
     return Features(first, stream.size, stream.sha256, layers, moments, torch.cat(cosines) if clip else None)
 
