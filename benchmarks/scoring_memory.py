@@ -47,6 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--count", type=int, default=50_000, help="pictures on either side (default 50000)")
     parser.add_argument("--side", type=int, default=256, help="of the pictures (default 256)")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="rq-paper", help="of the scores (default rq-paper)")
     parser.add_argument("--metrics", default="fid,is,kid,prc", help="metrics to compute (default fid,is,kid,prc)")
     parser.add_argument("--bootstrap", type=int, default=0, help="resamples (default none)")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures in one pass (default 64)")
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = {
         "machine": describe_machine(),
         "command": f"python benchmarks/scoring_memory.py {shlex.join(sys.argv[1:])}".strip(),
+        "protocol": args.protocol,
         "pictures": f"{args.count} of {args.side}x{args.side} on either side, links to {DISTINCT} files each",
         **measured,
     }
@@ -102,7 +104,7 @@ def in_new_process(what: str, folder: Path, args: argparse.Namespace) -> dict[st
     """What a measurement of this script says of itself."""
     command = [sys.executable, __file__, "--here", what, str(folder), "--metrics", args.metrics]
     command += ["--batch-size", str(args.batch_size), "--bootstrap", str(args.bootstrap)]
-    command += ["--device", args.device]
+    command += ["--device", args.device, "--protocol", args.protocol]
     return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
 
 
@@ -117,7 +119,7 @@ def score(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     request = scoring.Request(
         images=str(folder / "images"),
         reference=str(folder / "reference"),
-        protocol=PROTOCOLS["rq-paper"],
+        protocol=PROTOCOLS[args.protocol],
         metrics=tuple(args.metrics.split(",")),
         device=device,
         weights=weights,
@@ -160,7 +162,7 @@ def stand_in() -> None:
 
 def pass_batch(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """One batch through the real network, with random weights."""
-    protocol, device = PROTOCOLS["rq-paper"], torch.device("cpu")
+    protocol, device = PROTOCOLS[args.protocol], torch.device("cpu")
     before = peak_gib()
     weights = random_weights(folder)
     layers = [FEATURES, protocol.logits]
