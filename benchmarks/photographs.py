@@ -1,7 +1,7 @@
 """Stage 1 on natural photographs: overfit the 8x8x4 RQ-VAE to crops of those that scikit-learn and scikit-image ship.
 
-Five crops of a photograph (the centre, then the corners) are packed into shards and trained on, mirrored by chance as
-the configuration's transform does; the same crops are then measured and drawn. The same command goes on from the
+The centre of each photograph (with --crops, its corners too) is packed into shards and trained on, mirrored by chance
+as the configuration's transform does; the same crops are then measured and drawn. The same command goes on from the
 newest checkpoint; with more --steps, so does a finished run. Full width, on a GPU where there is one:
 model.channels=128 model.latent_channels=256 model.codebook_dim=256.
 """
