@@ -180,7 +180,7 @@ def make_pictures(folder: Path, count: int, side: int, seed: int) -> Tensor:
 
 
 def random_weights(folder: Path, seed: int = 0) -> Weights:
-    """Inception with weights that keep the scale of what passes through."""
+    """Inception with weights that keep the scale of what passes through, and logits large enough to score."""
 
     class Unloaded(CleanInception):
         def load_state_dict(self, *_: Any, **__: Any) -> Any:
@@ -192,6 +192,9 @@ def random_weights(folder: Path, seed: int = 0) -> Weights:
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    with torch.no_grad():
+        network.fc.weight *= 30
+        network.fc.bias *= 100
     torch.save(network.state_dict(), folder / "inception.pth")
     return Weights("inception", folder / "inception.pth")
 

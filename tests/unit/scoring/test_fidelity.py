@@ -43,7 +43,15 @@ def test_scores_equal_those_of_torch_fidelitys_command_line(ours, theirs):
     assert {name: score["value"] for name, score in ours.metrics.items()} == pytest.approx(expected, abs=1e-6)
     assert ours.metrics["is"]["std"] == pytest.approx(theirs.scores["inception_score_std"], abs=1e-6)
     assert ours.metrics["kid"]["std"] == pytest.approx(theirs.scores["kernel_inception_distance_std"], abs=1e-6)
-    assert expected["fid"] > 1 and expected["kid"] > 1e-3
+    assert expected["fid"] > 1 and expected["kid"] > 1e-3 and expected["is"] > 1.02
+
+
+def test_the_inception_score_of_biased_logits_is_another(ours, generated, inception_file):
+    biased = evaluate(
+        Request(*(str(generated), None, PROTOCOLS["rq-paper"], ("is",), CPU), {"inception": inception_file}, SETTINGS)
+    )
+    assert (biased.metrics["is"]["layer"], ours.metrics["is"]["layer"]) == ("logits", "logits_unbiased")
+    assert abs(biased.metrics["is"]["value"] - ours.metrics["is"]["value"]) > 1e-3
 
 
 def test_torch_fidelitys_cache_gives_the_scores_that_the_pictures_give(ours, theirs):
