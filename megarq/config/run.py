@@ -38,13 +38,13 @@ class TrainConfig:
     precision: str = "bf16"
     """"bf16" (fp32 master weights, gradients reduced in fp32) or "fp32"."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of storing its activations."""
+    """Recompute each transformer block in the backward pass instead of storing its activations."""
     ema_decay: float | None = None
     """Decay of a moving average of the weights; none by default."""
     kernels: str = "auto"
     """Of LayerNorm and AdamW: "torch", "apex" (NVIDIA's, on CUDA), or "auto": apex's where there is one."""
     compile: bool = False
-    """Compile each block with torch.compile."""
+    """Compile each transformer block with torch.compile."""
 
     def validate(self) -> None:
         """Raise ConfigError where a value cannot be run."""

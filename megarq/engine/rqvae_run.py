@@ -50,6 +50,11 @@ def check_rqvae_run(
         )
     if config.train.compile:
         raise ConfigError("train.compile=true: it compiles transformer blocks, which an RQ-VAE has none of. Remove it.")
+    if config.train.activation_checkpointing:
+        raise ConfigError(
+            "train.activation_checkpointing=true: it recomputes transformer blocks, which an RQ-VAE has none of. Use a "
+            "smaller train.micro_batch_size to save memory."
+        )
     check_codebook_start(config)
     loss, resolution = config.loss, config.model.resolution
     if loss.adversarial_weight and resolution < (smallest := smallest_resolution(loss.discriminator_layers)):

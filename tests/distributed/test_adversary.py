@@ -22,6 +22,8 @@ from megarq.rqvae.losses import RQVAELoss
 from megarq.rqvae.model import RQVAE
 
 DISCRIMINATOR_LR = 4e-3
+PERCEPTUAL = nn.L1Loss()
+"""In place of LPIPS, which would take most of the time."""
 
 
 def own_share(batch: Tensor) -> Tensor:
@@ -73,16 +75,18 @@ def by_hand(model: RQVAE, judge: Discriminator, images: Tensor, config: RQVAERun
     loss = config.loss
     output = model(images)
     reconstruction = nn.functional.mse_loss(output.reconstruction, images)
+    perceptual = loss.perceptual_weight * PERCEPTUAL(output.reconstruction, images)
     real, fake = judge(images), judge(output.reconstruction)
     generator, last = generator_loss(fake), model.decoder.conv_out.weight
-    pair = [torch.autograd.grad(term, last, retain_graph=True)[0] for term in (reconstruction, generator)]
+    pair = [torch.autograd.grad(term, last, retain_graph=True)[0] for term in (reconstruction + perceptual, generator)]
     adaptive = pair[0].norm() / (pair[1].norm() + 1e-4)
     commitment = loss.commitment_weight * output.commitment_loss
-    total = reconstruction + commitment + warmth * loss.adversarial_weight * adaptive * generator
+    total = reconstruction + perceptual + commitment + warmth * loss.adversarial_weight * adaptive * generator
     discriminator = DISCRIMINATOR_LOSSES[loss.adversarial](real, judge(output.reconstruction.detach()))
     terms = {
         "loss": total,
         "reconstruction_loss": reconstruction,
+        "perceptual_loss": perceptual,
         "commitment_loss": commitment,
         "generator_loss": generator,
         "adaptive_weight": adaptive,
@@ -99,7 +103,7 @@ def by_hand(model: RQVAE, judge: Discriminator, images: Tensor, config: RQVAERun
 def adversarial_step(adversarial: str) -> None:
     """One step of an Adversary without an engine, against the same by hand."""
     options = {"adversarial": adversarial, "discriminator_start": 0, "discriminator_warmup": 4}
-    options |= {"discriminator_lr": DISCRIMINATOR_LR}
+    options |= {"discriminator_lr": DISCRIMINATOR_LR, "perceptual_weight": 2.0}
     config = tiny_stage1(1, loss=options, clip=0.01, warmup_steps=2)
     torch.manual_seed(0)
     model = RQVAE(config.model).train()
@@ -110,7 +114,8 @@ def adversarial_step(adversarial: str) -> None:
     terms, gradients, judged = by_hand(model, judge, global_images(0), config, warmth=0.25)
 
     images = own_share(global_images(0))
-    ours = adversary.losses(images, model(images), RQVAELoss())
+    loss = RQVAELoss(perceptual=PERCEPTUAL, perceptual_weight=config.loss.perceptual_weight)
+    ours = adversary.losses(images, model(images), loss)
     ours["loss"].backward()
     for name, value in over_ranks(ours).items():
         torch.testing.assert_close(value, terms[name].detach(), rtol=1e-5, atol=1e-6, msg=name)

@@ -130,6 +130,11 @@ def test_a_batch_that_ranks_cannot_share_is_refused_by_rank_0_alone(walk, tmp_pa
             ["loss.adversarial_weight=0.75", "loss.discriminator_layers=3"],
             ["loss.discriminator_layers=3 with model.resolution=16", "below 24", "Use fewer layers"],
         ),
+        (["train.compile=true"], ["train.compile=true", "none of", "Remove it"]),
+        (
+            ["train.activation_checkpointing=true"],
+            ["train.activation_checkpointing=true", "none of", "Use a smaller train.micro_batch_size"],
+        ),
         (["loss.adversarial=wgan"], ["loss.adversarial='wgan'", "use hinge or vanilla"]),
         (["loss.discriminator_lr=0"], ["loss.discriminator_lr=0", "above 0"]),
         (["data.transform=centre"], ["unknown transform 'centre'", "Use one of"]),
