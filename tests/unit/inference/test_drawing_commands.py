@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_classifier import write_classifier
 from scripts import load_script
 from tiny_models import build_models, export_models
 
@@ -31,7 +32,7 @@ class Brightness:
 
     network, sha256 = "brightness", "0" * 64
 
-    def __init__(self, weights: Path | None, device: object) -> None:
+    def __init__(self, weights: Path | None, device: object, classes: int | None = None) -> None:
         self.weights = weights
 
     def __call__(self, pictures: Sequence[Image.Image], items: Sequence[Item]) -> list[float]:
@@ -136,6 +137,17 @@ def test_a_rankers_missing_or_other_weights_are_asked_for_by_the_commands_own_op
         with pytest.raises(CheckpointError, match=rf"{name}.* {said}.*Give --ranker-weights FILE: ") as caught:
             load(script, ranker=None).main([*common, "--ranker-weights", str(tmp_path / name)])
         assert "--feature-weights" not in str(caught.value)
+
+
+@pytest.mark.parametrize("classes", [4, 6])
+def test_a_ranker_of_other_classes_is_refused_before_anything_is_drawn(
+    models: dict[str, Path], tmp_path: Path, classes: int
+) -> None:
+    weights = write_classifier(tmp_path / "other.pth", classes)
+    command = ["--model", models["class"], "--output", tmp_path / "set", "--keep-fraction", 0.5]
+    with pytest.raises(ConfigError, match=f"--ranker-weights knows {classes} classes, the model has 5. Give"):
+        load("class_conditional", ranker=None).main([*map(str, command), "--ranker-weights", str(weights)])
+    assert not (tmp_path / "set").exists()
 
 
 @pytest.mark.parametrize(
