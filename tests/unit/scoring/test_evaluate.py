@@ -177,6 +177,20 @@ def test_each_wrong_reference_is_refused_before_a_picture_is_seen(quick, many, o
         DataError, match="the reference's pictures are 8x8, those to be scored 9x9. Make the reference at"
     ):
         evaluate(ask(larger, tmp_path / "others.npz", "fid"))
+    with pytest.raises(DataError, match="the reference's pictures are 9x9, those to be scored 8x8. Make the"):
+        evaluate(ask(many, larger, "fid"))
+    single = write_pictures(tmp_path / "single", 1, 4, size=(8, 8))
+    with pytest.raises(DataError, match="the reference .*single has 1 picture: give at least 2"):
+        evaluate(ask(many, single, "fid"))
+    oblong = write_pictures(tmp_path / "oblong", 2, 4, size=(9, 8))
+    with pytest.raises(ConfigError, match="--reference-transform center makes squares, but .* are 9x8"):
+        evaluate(ask(oblong, many, "fid", reference_transform="center"))
+    with pytest.raises(ConfigError, match="--is-splits 41 of 40 pictures"):
+        evaluate(ask(many, None, "is", settings=ScoreSettings(is_splits=41)))
+    (single / "000.png").write_bytes(b"torn")
+    for images, reference in ((single, many), (many, single)):
+        with pytest.raises(DataError, match=r"picture .*single/000\.png: not a readable picture of 4 bytes"):
+            evaluate(ask(images, reference, "fid"))
 
 
 def test_a_reference_of_another_size_is_refused_or_brought_to_it(quick, many, tmp_path):
