@@ -175,6 +175,9 @@ def evaluate(request: Request) -> Scored:
     warnings += reference.notes if reference else []
     if pictures.lossy:
         warnings.append("some of the pictures are JPEG or WebP: what they lost moves the scores. PNG loses nothing.")
+    ranker = (pictures.settings or {}).get("ranker") or {}
+    if clip and ranker.get("sha256") == clip.weights.sha256:
+        warnings.append("clip: its very weights chose these pictures among candidates: it measures the ranker.")
     metrics: dict[str, dict[str, Any]] = {}
     resizes = {network.name: network.resize for network in networks} | ({"clip": clip.resize} if clip else {})
     for metric in (bar := tqdm(request.metrics, unit=" metrics", disable=None)):

@@ -273,7 +273,7 @@ def test_an_empty_folder_and_a_single_picture_are_refused(quick, many, tmp_path)
         evaluate(ask(many, single, "fid"))
 
 
-def write_set(folder: Path, prompts: list[str | None]) -> Path:
+def write_set(folder: Path, prompts: list[str | None], ranker: dict[str, str] | None = None) -> Path:
     """A picture set of 8x8 pictures, one tar."""
     folder.mkdir()
     members = {}
@@ -293,7 +293,7 @@ def write_set(folder: Path, prompts: list[str | None]) -> Path:
         model={"fingerprint": "f" * 64, "name": "tiny", "weights": "ema", "step": 10},
         items="0" * 64,
         keep_fraction=0.5,
-        ranker=None,
+        ranker=ranker,
         resolution=8,
     ).save(folder, True)
     return folder
@@ -332,6 +332,14 @@ def test_a_drawn_set_tells_of_its_model_in_the_result(words, tmp_path):
     assert result["clip_scores"]["best"][0] == [19, pytest.approx(0.2)] and len(result["clip_scores"]["worst"]) == 16
     assert result["weights_sha256"] == {"clip": "c" * 64} and result["machine"]["cores"] >= 1
     assert "ffffffffffff, EMA, seed 7" in to_table(result) and "95% interval" in to_table(result)
+
+
+@pytest.mark.parametrize(("sha256", "warned"), [("c" * 64, True), ("d" * 64, False)])
+def test_the_ranker_of_a_set_is_told_and_a_clip_score_by_the_ranker_warned_of(words, tmp_path, sha256, warned):
+    ranker = {"network": "clip", "sha256": sha256}
+    result = to_result(evaluate(ask(write_set(tmp_path / "set", ["a", "b"], ranker), None, "clip")))
+    assert (result["images"]["ranker"], result["images"]["dtype"]) == (ranker, "fp32")
+    assert any("it measures the ranker" in warning for warning in result["warnings"]) == warned
 
 
 def test_pictures_without_prompts_have_no_clip_score(words, many, tmp_path):
