@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from megarq import cli
 from megarq.data.picture_items import class_items
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     count = args.count or COUNT
     classes = info.transformer.cond_vocab_size
     items = class_items(count, classes) if info.transformer.condition == "class" else [Item()] * count
-    draw_items(args, info, items, ClassRanker)
+    draw_items(args, info, items, partial(ClassRanker, classes=classes))
 
 
 if __name__ == "__main__":

@@ -87,10 +87,13 @@ def keep_best(
     return [picture for picture, _ in best], [score for _, score in best]
 
 
-def find_ranker(options: argparse.Namespace) -> Rank:
-    """CLIP for prompts, a classifier for classes."""
-    ranker = ClipRanker if options.prompts else ClassRanker
-    return ranker(options.ranker_weights, find_device(options.device))
+def find_ranker(options: argparse.Namespace, generator: ImageGenerator) -> Rank:
+    """CLIP for prompts, a classifier of the model's classes for classes."""
+    device = find_device(options.device)
+    if options.prompts:
+        return ClipRanker(options.ranker_weights, device)
+    generator.conditions(classes=options.classes)  # a model of something else has no classes to compare
+    return ClassRanker(options.ranker_weights, device, generator.transformer.config.cond_vocab_size)
 
 
 def check_keeping(options: argparse.Namespace) -> None:
@@ -115,10 +118,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.batch_size < 1 or options.count < 1:
         raise ConfigError(f"--count {options.count}, --batch-size {options.batch_size}: give 1 or more for each.")
     check_keeping(options)
-    rank = None if options.keep_best is None else find_ranker(options)
     generator = ImageGenerator.from_pretrained(
         options.folder, options.device, DTYPES[options.dtype], options.batch_size
     )
+    rank = None if options.keep_best is None else find_ranker(options, generator)
     asked = options.prompts or options.classes or [None]
     settings = {
         "temperature": generator.sampling.temperature if options.temperature is None else options.temperature,

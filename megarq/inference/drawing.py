@@ -52,12 +52,10 @@ def drawing_settings(
     threads: int,
     pictures_per_tar: int = PICTURES_PER_TAR,
     keep_fraction: float = 1.0,
-    ranker: dict[str, Any] | None = None,
 ) -> PictureSettings:
-    """What the pictures of these items will be.
+    """What the pictures of these items will be; the ranker, which costs more to make, is still to be told.
 
     model: the exported folder that `info` is of; sampling: top_k, top_p, temperature, None for the folder's own.
-    ranker: network and sha256 of what will score the candidates.
     Raises: ConfigError for a setting out of range, or a keep fraction without anything to rank by.
     """
     assert info.transformer is not None
@@ -66,11 +64,9 @@ def drawing_settings(
             raise ConfigError(f"{name} {value}: give 1 or more.")
     if not 0 < keep_fraction <= 1:
         raise ConfigError(f"--keep-fraction {keep_fraction}: give a share above 0 and at most 1, such as 0.05.")
-    if keep_fraction < 1 and (ranker is None or info.transformer.condition == "none"):
+    if keep_fraction < 1 and info.transformer.condition == "none":
         raise ConfigError(
             f"--keep-fraction {keep_fraction}: nothing ranks pictures of a model without condition. Leave it out."
-            if info.transformer.condition == "none"
-            else f"--keep-fraction {keep_fraction} without a ranker. Give one, or leave it out."
         )
     chosen = {
         name: getattr(info.sampling, name) if sampling.get(name) is None else sampling[name]
@@ -94,7 +90,7 @@ def drawing_settings(
         },
         items=items_digest(items),
         keep_fraction=keep_fraction,
-        ranker=ranker if keep_fraction < 1 else None,
+        ranker=None,
         resolution=info.rqvae.resolution,
     )
 

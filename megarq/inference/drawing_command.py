@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -125,7 +126,6 @@ def draw_items(args: argparse.Namespace, info: ModelInfo, items: Sequence[Item],
             raise ConfigError(f"--threads {threads}: use 1 or more, and as many as before to go on with a set.")
         torch.set_num_threads(threads)
     torch.backends.cudnn.deterministic = True  # another rank, or another run, would choose other sums
-    rank = make_ranker(args.ranker_weights, device) if args.keep_fraction < 1 else None
     settings = drawing_settings(
         args.model,
         info,
@@ -137,9 +137,13 @@ def draw_items(args: argparse.Namespace, info: ModelInfo, items: Sequence[Item],
         threads=threads,
         pictures_per_tar=args.pictures_per_tar,
         keep_fraction=args.keep_fraction,
-        ranker=None if rank is None else {"network": rank.network, "sha256": rank.sha256},
     )
-    pictures = PictureSet(args.output, settings, lay_out(items, settings))
+    places = lay_out(items, settings)
+    rank = None
+    if args.keep_fraction < 1:
+        rank = make_ranker(args.ranker_weights, device)
+        settings = replace(settings, ranker={"network": rank.network, "sha256": rank.sha256})
+    pictures = PictureSet(args.output, settings, places)
     if len(pictures.done()) == len(pictures.files):
         complete = pictures.finish()
     else:

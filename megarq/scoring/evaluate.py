@@ -147,9 +147,13 @@ def evaluate(request: Request) -> Scored:
     """
     request.check()
     pictures = open_pictures(request.images)
-    size = decode_plain(pictures[0].data).size
+    size = _first_size(pictures)
+    if "is" in request.metrics:
+        scores.check_splits(request.settings, len(pictures))
     compared = any(metric in AGAINST_REFERENCE for metric in request.metrics)
     source = _open_reference(request.reference) if compared and request.reference else None
+    if isinstance(source, Pictures):
+        _check_pictures(source, size, request.reference_transform)
     networks = [
         build_network(name, request.protocol, layers, find_weights(name, request.weights), request.device)
         for name, layers in request.layers().items()
@@ -171,6 +175,9 @@ def evaluate(request: Request) -> Scored:
     warnings += reference.notes if reference else []
     if pictures.lossy:
         warnings.append("some of the pictures are JPEG or WebP: what they lost moves the scores. PNG loses nothing.")
+    ranker = (pictures.settings or {}).get("ranker") or {}
+    if clip and ranker.get("sha256") == clip.weights.sha256:
+        warnings.append("clip: its very weights chose these pictures among candidates: it measures the ranker.")
     metrics: dict[str, dict[str, Any]] = {}
     resizes = {network.name: network.resize for network in networks} | ({"clip": clip.resize} if clip else {})
     for metric in (bar := tqdm(request.metrics, unit=" metrics", disable=None)):
@@ -189,6 +196,29 @@ def _open_reference(source: str) -> Reference | Pictures:
     if source.endswith(SUFFIXES):
         return read_statistics(Path(source))
     return open_pictures(source)
+
+
+def _first_size(pictures: Pictures) -> tuple[int, int]:
+    picture = pictures[0]
+    try:
+        return decode_plain(picture.data).size
+    except DataError as error:
+        reason = str(error).rpartition(". ")[0]
+        raise DataError(f"picture {picture.name}: {reason}. Replace or remove it, and score again.") from error
+
+
+def _check_pictures(pictures: Pictures, size: tuple[int, int] | None, transform: str) -> None:
+    """A reference's, before any picture is passed through a network; of their sizes, that of the first."""
+    if transform != "none":
+        if size and size[0] != size[1]:
+            raise ConfigError(
+                f"--reference-transform {transform} makes squares, but the pictures to be scored are "
+                f"{size[0]}x{size[1]}. Resize the reference's pictures yourself."
+            )
+    elif size and (found := _first_size(pictures)) != size:
+        raise other_size(found, size)
+    if len(pictures) < 2:
+        raise DataError(f"the reference {pictures.source} has {len(pictures)} picture: give at least 2.")
 
 
 def _check_statistics(
@@ -243,14 +273,8 @@ def make_reference(
     transform: a name in REFERENCE_TRANSFORMS. keep: networks whose features are kept too.
     Raises: DataError for pictures that `extract` refuses, or fewer than two.
     """
+    _check_pictures(pictures, size, transform)
     applied = None if transform == "none" else transform
-    if applied and size and size[0] != size[1]:
-        raise ConfigError(
-            f"--reference-transform {transform} makes squares, but the pictures to be scored are {size[0]}x{size[1]}. "
-            "Resize the reference's pictures yourself."
-        )
-    if len(pictures) < 2:
-        raise DataError(f"the reference {pictures.source} has {len(pictures)} picture: give at least 2.")
     names = [network.name for network in networks]
     features = extract(
         *(pictures, networks, device),

@@ -57,11 +57,19 @@ class ClassRanker:
 
     network = "resnet101"
 
-    def __init__(self, weights: Path | None, device: torch.device) -> None:
-        """weights: a file; by default one in a cache. Raises: CheckpointError for none, or one of something else."""
+    def __init__(self, weights: Path | None, device: torch.device, classes: int) -> None:
+        """weights: a file; by default one in a cache. classes: how many the model has.
+
+        Raises: CheckpointError for no file, or one of something else; ConfigError for one of other classes.
+        """
         from megarq.scoring.networks import Classifier
 
         self._classifier = Classifier(find_weights("resnet101", weights, RANKER_WEIGHTS), device)
+        if self._classifier.classes != classes:
+            raise ConfigError(
+                f"{RANKER_WEIGHTS} knows {self._classifier.classes} classes, the model has {classes}. Give the weights "
+                f"of a ResNet-101 with the model's classes, or {_WITHOUT}."
+            )
         _tell(self._classifier.notes)
 
     @property
@@ -70,16 +78,10 @@ class ClassRanker:
         return self._classifier.weights.sha256
 
     def __call__(self, pictures: Sequence[Image.Image], items: Sequence[Item]) -> list[float]:
-        """Raises: ConfigError for an item without a class, or of a class that the network does not know."""
+        """Raises: ConfigError for an item without a class."""
         scores: list[float] = []
         for first in range(0, len(pictures), BATCH):
             labels = [_given(item.label, "class") for item in items[first : first + BATCH]]
-            unknown = [label for label in labels if not 0 <= label < self._classifier.classes]
-            if unknown:
-                raise ConfigError(
-                    f"class={unknown[0]}: the ranker knows classes 0 to {self._classifier.classes - 1}. Use "
-                    f"{RANKER_WEIGHTS} of a network with the model's classes, or {_WITHOUT}."
-                )
             probabilities = self._classifier.probabilities(pictures[first : first + BATCH])
             scores += probabilities[range(len(labels)), labels].tolist()
         return scores

@@ -39,7 +39,9 @@ _PARTS: dict[tuple[str, str], tuple[type, ...]] = {
     ("images", "sha256"): _MAYBE_TEXT,
     ("images", "size"): (list, type(None)),
     ("images", "sampling"): _MAYBE_DICT,
+    ("images", "dtype"): _MAYBE_TEXT,
     ("images", "keep_fraction"): _MAYBE_NUMBER,
+    ("images", "ranker"): _MAYBE_DICT,
     ("reference", "path"): (str,),
     ("reference", "kind"): (str,),
     ("reference", "transform"): _MAYBE_TEXT,
@@ -125,6 +127,8 @@ def _check(path: Path, content: dict[str, Any]) -> None:
     for (section, name), types in _PARTS.items():
         if content.get(section) is not None:
             _check_types(path, content[section], f"{section}.", {name: types})
+    if ranker := content["images"].get("ranker"):
+        _check_types(path, ranker, "images.ranker.", {"network": (str,), "sha256": (str,)})
     for name, metric in content["metrics"].items():
         if not isinstance(metric, dict):
             raise _damaged(path, f"metrics.{name}", metric)

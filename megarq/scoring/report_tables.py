@@ -159,9 +159,12 @@ def _pictures(result: Result) -> str:
 
 def _sampling(images: dict[str, Any]) -> str | None:
     told = [f"{_plain(name)} {_value(value)}" for name, value in (images.get("sampling") or {}).items()]
-    kept = images.get("keep_fraction")
+    if images.get("dtype"):
+        told.append(images["dtype"])
+    kept, ranker = images.get("keep_fraction"), images.get("ranker")
     if kept is not None and kept < 1:
-        told.append(f"the best {100 * kept:.4g}% of the candidates kept")
+        by = f" by {ranker['network']} of sha256 {ranker['sha256'][:DIGITS]}" if ranker else ""
+        told.append(f"the best {100 * kept:.4g}% of the candidates kept{by}")
     return ", ".join(told) or None
 
 

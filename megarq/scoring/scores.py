@@ -68,12 +68,16 @@ def frechet(ours: Statistics, theirs: Statistics) -> float:
     return float(fid_statistics_to_metric(one, two, False)[KEY_METRIC_FID])
 
 
+def check_splits(settings: ScoreSettings, count: int) -> None:
+    """Raises: ConfigError where some split of the Inception Score would have no picture."""
+    if settings.is_splits > count:
+        raise ConfigError(
+            f"--is-splits {settings.is_splits} of {count} pictures: use at most one split for each picture."
+        )
+
+
 def inception_score(logits: Tensor, settings: ScoreSettings) -> dict[str, Any]:
     """exp of the mean KL divergence of p(y|x) from p(y), of logits [N, classes]: mean and deviation over splits."""
-    if settings.is_splits > len(logits):
-        raise ConfigError(
-            f"--is-splits {settings.is_splits} of {len(logits)} pictures: use at most one split for each picture."
-        )
     scores = isc_features_to_metric(logits, settings.is_splits, True, settings.seed)
     return {
         "value": scores[KEY_METRIC_ISC_MEAN],

@@ -31,7 +31,6 @@ from megarq.inference.generator import ImageGenerator
 from megarq.inference.model_folder import model_fingerprint, read_info
 
 CAPTIONS = [Item(text, id=number) for number, text in enumerate(["two", "a seven", "red two", "a blue seven", "two"])]
-RANKER = {"network": "brightness", "sha256": "0" * 64}
 KINDS = {
     "text": {},
     "class": {"cond_length": 1, "cond_vocab_size": 5},
@@ -76,7 +75,6 @@ def draw(folders: dict[str, Path], tmp_path: Path) -> Callable[..., Drawn]:
         settings = drawing_settings(
             *(folders[kind], read_info(folders[kind]), items),
             **{"seed": 3, "sampling": {}, "batch_size": 2, "dtype": "fp32", "threads": 1, "pictures_per_tar": 4}
-            | ({} if rank is None else {"ranker": RANKER})
             | changes,
         )
         pictures = PictureSet(tmp_path / name, settings, lay_out(items, settings))
@@ -230,7 +228,6 @@ def test_groups_do_not_cross_tars(draw: Callable[..., Drawn], folders: dict[str,
         *(folders["class"], read_info(folders["class"]), items),
         **{"seed": 3, "sampling": {}, "batch_size": 2, "dtype": "fp32", "threads": 1, "pictures_per_tar": 5},
         keep_fraction=0.5,
-        ranker=RANKER,
     )
     assert groups(items, range(12)) == [range(0, 3), range(3, 6), range(6, 8), range(8, 10), range(10, 12)]
     assert lay_out(items, settings) == [range(0, 3), range(3, 8), range(8, 12)]
@@ -256,7 +253,6 @@ def test_a_fraction_is_the_decimal_that_was_typed(kept: int, fraction: float, co
     [
         ({"keep_fraction": 0.0}, r"--keep-fraction 0\.0: give a share"),
         ({"keep_fraction": 1.5}, r"--keep-fraction 1\.5: give a share"),
-        ({"keep_fraction": 0.5}, r"--keep-fraction 0\.5 without a ranker\. Give one"),
         ({"batch_size": 0}, "--batch-size 0"),
         ({"pictures_per_tar": 0}, "--pictures-per-tar 0"),
         ({"sampling": {"top_p": 2.0}}, r"top_p=2\.0"),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_classifier import write_classifier
 from scripts import load_script
 from tiny_models import build_models, export_models
 
@@ -31,7 +32,7 @@ class Brightness:
 
     network, sha256 = "brightness", "0" * 64
 
-    def __init__(self, weights: Path | None, device: object) -> None:
+    def __init__(self, weights: Path | None, device: object, classes: int | None = None) -> None:
         self.weights = weights
 
     def __call__(self, pictures: Sequence[Image.Image], items: Sequence[Item]) -> list[float]:
@@ -54,8 +55,8 @@ def models(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 def run(models: dict[str, Path], tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     """`run(script, kind, *options)`: what the pictures that it drew are said to be."""
 
-    def go(script: str, kind: str, *options: object) -> list[dict[str, Any]]:
-        load(script).main(["--model", str(models[kind]), "--output", str(tmp_path / "set"), *map(str, options)])
+    def go(script: str, kind: str, *options: object, ranker: type | None = Brightness) -> list[dict[str, Any]]:
+        load(script, ranker).main(["--model", str(models[kind]), "--output", str(tmp_path / "set"), *map(str, options)])
         assert PictureSettings.load(tmp_path / "set")[1]
         return records(tmp_path / "set")
 
@@ -129,13 +130,24 @@ def test_the_best_of_several_are_kept(
 def test_a_rankers_missing_or_other_weights_are_asked_for_by_the_commands_own_option(
     models: dict[str, Path], captions: Path, tmp_path: Path, script: str, kind: str, network: str
 ) -> None:
-    source = ["--items", str(captions)] if script == "coco" else []
+    source = ["--items", str(captions)] if script == "coco" else ["--count", "5"]
     common = ["--model", str(models[kind]), "--output", str(tmp_path / "set"), *source, "--keep-fraction", "0.5"]
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     for name, said in (("none.pth", "no such file"), ("other.pth", f"no file of {network}")):
         with pytest.raises(CheckpointError, match=rf"{name}.* {said}.*Give --ranker-weights FILE: ") as caught:
             load(script, ranker=None).main([*common, "--ranker-weights", str(tmp_path / name)])
         assert "--feature-weights" not in str(caught.value)
+
+
+@pytest.mark.parametrize("classes", [4, 6])
+def test_a_ranker_of_other_classes_is_refused_before_anything_is_drawn(
+    models: dict[str, Path], tmp_path: Path, classes: int
+) -> None:
+    weights = write_classifier(tmp_path / "other.pth", classes)
+    command = ["--model", models["class"], "--output", tmp_path / "set", "--count", 5, "--keep-fraction", 0.5]
+    with pytest.raises(ConfigError, match=f"--ranker-weights knows {classes} classes, the model has 5. Give"):
+        load("class_conditional", ranker=None).main([*map(str, command), "--ranker-weights", str(weights)])
+    assert not (tmp_path / "set").exists()
 
 
 @pytest.mark.parametrize(
@@ -150,6 +162,8 @@ def test_a_rankers_missing_or_other_weights_are_asked_for_by_the_commands_own_op
         ("class_conditional", "class", ["--keep-fraction", 1.1], r"--keep-fraction 1\.1: give a share above 0"),
         ("class_conditional", "class", ["--ranker-weights", "x"], "--ranker-weights without --keep-fraction"),
         ("class_conditional", "none", ["--keep-fraction", 0.5], "nothing ranks pictures of a model without condition"),
+        ("class_conditional", "class", ["--keep-fraction", 0.5, "--top-k", 0], "top_k=0"),
+        ("class_conditional", "class", ["--keep-fraction", 0.5, "--pictures-per-tar", 9], "--pictures-per-tar 9: a cl"),
         ("class_conditional", "class", ["--count", 0], "--count 0: give 1 or more"),
         ("class_conditional", "class", ["--threads", 0], "--threads 0: use 1 or more"),
         ("class_conditional", "class", ["--device", "tpu"], "device='tpu' cannot be used"),
@@ -159,7 +173,7 @@ def test_what_cannot_be_drawn_is_refused(
     run: Callable[..., Any], tmp_path: Path, script: str, kind: str, options: list[object], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        run(script, kind, *options)
+        run(script, kind, *options, ranker=None)  # whose weights are nowhere
     assert not (tmp_path / "set").exists()
 
 

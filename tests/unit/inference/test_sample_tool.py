@@ -1,11 +1,13 @@
 """tools/sample.py: one PNG, its text chunks, and bad options."""
 
 import json
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_classifier import write_classifier
 from scripts import load_script
 
 from megarq import cli
@@ -110,7 +112,7 @@ def bright(tool, monkeypatch):
         assert all(item.prompt == "two" or item.label == 3 for item in items)
         return [float(np.asarray(picture).mean()) for picture in pictures]
 
-    monkeypatch.setattr(tool, "find_ranker", lambda options: rank)
+    monkeypatch.setattr(tool, "find_ranker", lambda options, generator: rank)
 
 
 @pytest.mark.parametrize("asked", [["--prompt", "two"], ["--class", "3"]], ids=["prompt", "class"])
@@ -135,6 +137,7 @@ def test_the_best_of_several_are_shown_best_first(tool, folder, class_folder, br
         (["--prompt", "two", "--keep-best", "0"], "--keep-best 0 of --count 1"),
         (["--prompt", "two", "--ranker-weights", "x"], "--ranker-weights without --keep-best"),
         (["--keep-best", "1"], "without --prompt or --class"),
+        (["--class", "2", "--keep-best", "1"], "classes given, but the model's condition is text"),
     ],
 )
 def test_what_cannot_be_ranked_is_refused(tool, folder, tmp_path, options, message):
@@ -153,3 +156,14 @@ def test_a_rankers_missing_or_other_weights_are_asked_for_by_the_tools_own_optio
         with pytest.raises(CheckpointError, match=rf"{name}.* {said}.*Give --ranker-weights FILE: ") as caught:
             tool.main([*common, "--ranker-weights", str(tmp_path / name)])
         assert "--feature-weights" not in str(caught.value)
+
+
+@pytest.mark.parametrize("classes", [4, 6])
+def test_a_ranker_of_other_classes_is_refused_before_anything_is_drawn(tool, class_folder, tmp_path, classes):
+    weights = write_classifier(tmp_path / "other.pth", classes)
+    options = ["--class", "3", "--count", "2", "--keep-best", "1", "--ranker-weights", str(weights)]
+    with (
+        patch.object(tool.ImageGenerator, "generate", side_effect=AssertionError("it draws")),
+        pytest.raises(ConfigError, match=f"--ranker-weights knows {classes} classes, the model has 5. Give"),
+    ):
+        tool.main([class_folder, *options, "--output", str(tmp_path / "g.png")])

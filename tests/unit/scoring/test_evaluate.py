@@ -177,6 +177,20 @@ def test_each_wrong_reference_is_refused_before_a_picture_is_seen(quick, many, o
         DataError, match="the reference's pictures are 8x8, those to be scored 9x9. Make the reference at"
     ):
         evaluate(ask(larger, tmp_path / "others.npz", "fid"))
+    with pytest.raises(DataError, match="the reference's pictures are 9x9, those to be scored 8x8. Make the"):
+        evaluate(ask(many, larger, "fid"))
+    single = write_pictures(tmp_path / "single", 1, 4, size=(8, 8))
+    with pytest.raises(DataError, match="the reference .*single has 1 picture: give at least 2"):
+        evaluate(ask(many, single, "fid"))
+    oblong = write_pictures(tmp_path / "oblong", 2, 4, size=(9, 8))
+    with pytest.raises(ConfigError, match="--reference-transform center makes squares, but .* are 9x8"):
+        evaluate(ask(oblong, many, "fid", reference_transform="center"))
+    with pytest.raises(ConfigError, match="--is-splits 41 of 40 pictures"):
+        evaluate(ask(many, None, "is", settings=ScoreSettings(is_splits=41)))
+    (single / "000.png").write_bytes(b"torn")
+    for images, reference in ((single, many), (many, single)):
+        with pytest.raises(DataError, match=r"picture .*single/000\.png: not a readable picture of 4 bytes"):
+            evaluate(ask(images, reference, "fid"))
 
 
 def test_a_reference_of_another_size_is_refused_or_brought_to_it(quick, many, tmp_path):
@@ -259,7 +273,7 @@ def test_an_empty_folder_and_a_single_picture_are_refused(quick, many, tmp_path)
         evaluate(ask(many, single, "fid"))
 
 
-def write_set(folder: Path, prompts: list[str | None]) -> Path:
+def write_set(folder: Path, prompts: list[str | None], ranker: dict[str, str] | None = None) -> Path:
     """A picture set of 8x8 pictures, one tar."""
     folder.mkdir()
     members = {}
@@ -279,7 +293,7 @@ def write_set(folder: Path, prompts: list[str | None]) -> Path:
         model={"fingerprint": "f" * 64, "name": "tiny", "weights": "ema", "step": 10},
         items="0" * 64,
         keep_fraction=0.5,
-        ranker=None,
+        ranker=ranker,
         resolution=8,
     ).save(folder, True)
     return folder
@@ -318,6 +332,14 @@ def test_a_drawn_set_tells_of_its_model_in_the_result(words, tmp_path):
     assert result["clip_scores"]["best"][0] == [19, pytest.approx(0.2)] and len(result["clip_scores"]["worst"]) == 16
     assert result["weights_sha256"] == {"clip": "c" * 64} and result["machine"]["cores"] >= 1
     assert "ffffffffffff, EMA, seed 7" in to_table(result) and "95% interval" in to_table(result)
+
+
+@pytest.mark.parametrize(("sha256", "warned"), [("c" * 64, True), ("d" * 64, False)])
+def test_the_ranker_of_a_set_is_told_and_a_clip_score_by_the_ranker_warned_of(words, tmp_path, sha256, warned):
+    ranker = {"network": "clip", "sha256": sha256}
+    result = to_result(evaluate(ask(write_set(tmp_path / "set", ["a", "b"], ranker), None, "clip")))
+    assert (result["images"]["ranker"], result["images"]["dtype"]) == (ranker, "fp32")
+    assert any("it measures the ranker" in warning for warning in result["warnings"]) == warned
 
 
 def test_pictures_without_prompts_have_no_clip_score(words, many, tmp_path):

@@ -176,7 +176,7 @@ def test_the_class_ranker_gives_the_probability_of_the_class(files, pictures, ca
     torch.manual_seed(0)
     network = torchvision.models.resnet101(num_classes=5).eval()
     torch.save(network.state_dict(), files / "resnet101.pth")
-    rank = ClassRanker(files / "resnet101.pth", CPU)
+    rank = ClassRanker(files / "resnet101.pth", CPU, 5)
     large = [picture.resize((256, 256), Image.Resampling.BICUBIC) for picture in pictures]
     found = rank(large, [SimpleNamespace(prompt=None, label=label) for label in (3, 0)])
     centre = torch.stack([torchvision.transforms.functional.pil_to_tensor(p)[:, 16:240, 16:240] for p in large]) / 255
@@ -185,11 +185,12 @@ def test_the_class_ranker_gives_the_probability_of_the_class(files, pictures, ca
         expected = network((centre - mean) / std).softmax(1)
     assert "not 63fe2227.. or cd907fc2.." in caplog.text
     assert found == pytest.approx([float(expected[0, 3]), float(expected[1, 0])], abs=1e-5)
-    with pytest.raises(ConfigError, match="class=5: the ranker knows classes 0 to 4"):
-        rank(large, [SimpleNamespace(prompt=None, label=5)] * 2)
+    for classes in (4, 6):
+        with pytest.raises(ConfigError, match=f"--ranker-weights knows 5 classes, the model has {classes}. Give the"):
+            ClassRanker(files / "resnet101.pth", CPU, classes)
     with pytest.raises(CheckpointError, match="is no file of resnet101"):
         torch.save(nn.Linear(1, 1).state_dict(), files / "linear.pth")
-        ClassRanker(files / "linear.pth", CPU)
+        ClassRanker(files / "linear.pth", CPU, 5)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,7 @@ def test_the_class_ranker_asks_torchvision_by_the_checksum_of_its_file(files, pi
         SimpleNamespace(url=f"https://a.b/resnet101-{sha256[:8]}.pth", transforms=lambda: view),
     ]
     monkeypatch.setattr(networks, "ResNet101_Weights", registry)
-    ClassRanker(files / "two.pth", CPU)(pictures, [SimpleNamespace(prompt=None, label=1)] * 2)
+    ClassRanker(files / "two.pth", CPU, 2)(pictures, [SimpleNamespace(prompt=None, label=1)] * 2)
     assert seen == [(32, 32)] * 2
 
 

@@ -155,7 +155,7 @@ def test_the_card_says_everything_that_scores_follow_from(page, result):
     assert made.row("Reference") == ["coco-val.npz (statistics of 40,504)"]
     assert made.row("Pictures")[0].startswith("25 of 32 × 32 in ")
     assert made.row("Seed") == ["0"] and made.row("Seed of scoring") == ["2020"]
-    assert made.row("Sampling") == ["top k 1024, top p 0.95, temperature 1.0"]
+    assert made.row("Sampling") == ["top k 1024, top p 0.95, temperature 1.0, fp32"]
     assert made.row("Model") == [result["model_fingerprint"]]
     assert made.row("Weights of the model") == ["moving average (EMA)"]
     assert made.row("Step") == ["1,000"]
@@ -167,14 +167,16 @@ def test_the_card_says_everything_that_scores_follow_from(page, result):
 
 def test_what_is_not_known_is_left_off_the_card(page, result):
     result.update(seed=None, model_fingerprint=None, ema=None, step=None, reference=None, reference_sha256=None)
-    result["images"]["sampling"] = None
+    result["images"].update(sampling=None, dtype=None)
     made = page(result, samples=0)
     assert not {"Seed", "Model", "Weights of the model", "Step", "Reference", "Sampling"} & set(made.rows)
 
 
 def test_rejection_sampling_is_told(page, result):
     result["images"]["keep_fraction"] = 0.05
-    assert page(result).row("Sampling")[0].endswith("the best 5% of the candidates kept")
+    assert page(result).row("Sampling")[0].endswith("fp32, the best 5% of the candidates kept")
+    result["images"]["ranker"] = {"network": "resnet101", "sha256": "63fe2227" * 8}
+    assert page(result).row("Sampling")[0].endswith("candidates kept by resnet101 of sha256 63fe222763fe")
 
 
 def test_a_score_that_is_no_number_is_said_to_be_none(page, result):
@@ -368,7 +370,8 @@ def test_all_text_of_a_result_is_escaped(page, result):
     result["metrics"][evil] = {"value": 1.0, "network": evil, evil: evil}
     result.update(warnings=[f"fid: {evil}", evil], weights_sha256={evil: evil}, model_fingerprint=evil)
     result["machine"] = {"gpu": evil, evil: evil}
-    result["images"]["sampling"] = {evil: evil}
+    result["images"].update(sampling={evil: evil}, dtype=evil)
+    result["images"].update(keep_fraction=0.5, ranker={"network": evil, "sha256": evil})
     steps = [at_step(result, step) for step in (1000, 2000)]
     steps[1]["protocol"] = {"name": evil + "2"}
     made = page(*steps, samples=0, title=evil)

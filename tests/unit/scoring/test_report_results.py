@@ -58,6 +58,7 @@ def test_no_result_is_an_error(tmp_path, name, monkeypatch):
         ("warnings", [3], "warnings is 3"),
         ("count", True, "count is True"),
         ("images", {"path": 4}, "images.path is 4"),
+        ("images", {"path": "a", "ranker": {"network": "clip"}}, "images.ranker.sha256 is None"),
         ("clip_scores", {"best": [[0.5, 1]], "worst": []}, "clip_scores.best.index is 0.5"),
     ],
 )

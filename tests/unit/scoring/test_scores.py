@@ -132,7 +132,7 @@ def test_settings_that_mean_nothing_are_refused(settings, message):
 
 def test_too_few_pictures_for_a_score_are_refused():
     with pytest.raises(ConfigError, match="--is-splits 10 of 3 pictures: use at most one split"):
-        scores.inception_score(torch.zeros(3, 2), ScoreSettings())
+        scores.check_splits(ScoreSettings(), 3)
     with pytest.raises(DataError, match="KID of 1 pictures and 5 in the reference: give at least 2"):
         scores.kernel_distance(torch.zeros(1, 2), torch.zeros(5, 2), ScoreSettings())
     with pytest.raises(DataError, match="precision and recall of 3 pictures and 9 in the reference: give at least 4"):
