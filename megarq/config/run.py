@@ -296,7 +296,8 @@ class HealthConfig:
     usage_floor: float = 0.5
     """Warn where a codebook uses fewer codes than this share of the most that it has used; 0 turns it off."""
     perplexity_floor: float = 0.1
-    """Warn where a codebook's perplexity is below this share of its codes, from the second look on; 0 turns it off."""
+    """Warn where a codebook's perplexity is below this share of its codes, or that of a depth of a shared codebook below
+    this share of its own best, from the second look on; 0 turns both off."""
     smoothing: int = 100
     """Steps over which the losses and logits below are averaged; nothing is judged before there are so many."""
     reconstruction_rise: float | None = 2.0
