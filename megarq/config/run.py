@@ -296,7 +296,8 @@ class HealthConfig:
     usage_floor: float = 0.5
     """Warn where a codebook uses fewer codes than this share of the most that it has used; 0 turns it off."""
     perplexity_floor: float = 0.1
-    """Warn where a codebook's perplexity is below this share of its codes, from the second look on; 0 turns it off."""
+    """Warn where a codebook's perplexity is below this share of its codes, or that of a depth of a shared one below
+    this share of its own best, from the second look on; 0 turns both off."""
     smoothing: int = 100
     """Steps over which the losses and logits below are averaged; nothing is judged before there are so many."""
     reconstruction_rise: float | None = 2.0
@@ -334,6 +335,8 @@ class RQVAERunConfig:
 
     architecture: str = "rq-vae"
     """Which network a configuration file describes."""
+    finetuned_from: str | None = None
+    """Whose weights a new run is to start from, by `--init-from`; without them it warns."""
     model: RQVAEConfig = field(default_factory=RQVAEConfig)
     loss: RQVAELossConfig = field(default_factory=RQVAELossConfig)
     train: TrainConfig = field(

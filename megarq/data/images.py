@@ -29,6 +29,8 @@ class ImageBatch:
     """[B / ranks, 3, R, R] float in [-1, 1]."""
     state: LoaderState
     """Where the loader stands after this batch: start there to go on."""
+    skipped: int
+    """Unreadable pictures that others stand in for here."""
 
 
 class ImageLoader:
@@ -73,8 +75,10 @@ class ImageLoader:
         """Batch `number` after the start, for this rank."""
         first = self._start + number * self._batch
         mine = range(first + self._rank * self._share, first + (self._rank + 1) * self._share)
+        before = self._faults.skipped
         images = torch.stack([self._load_image(position) for position in mine])
-        return ImageBatch(images, LoaderState.at(first + self._batch, len(self._source)))
+        state = LoaderState.at(first + self._batch, len(self._source))
+        return ImageBatch(images, state, self._faults.skipped - before)
 
     def _load_image(self, position: int) -> Tensor:
         """The picture at a place of the endless stream; an unreadable one is replaced by the next in its source."""

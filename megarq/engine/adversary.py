@@ -37,7 +37,10 @@ class Adversary:
 
     name = "discriminator"
     """What its tensors' names begin with in a checkpoint."""
-    terms = ("generator_loss", "adaptive_weight", "discriminator_loss", "logits_real", "logits_fake")
+    terms = (
+        *("generator_loss", "adaptive_weight", "discriminator_loss", "logits_real", "logits_fake"),
+        "discriminator_grad_norm",
+    )
 
     def __init__(
         self, model: RQVAE, config: RQVAERunConfig, samples: int, groups: ProcessGroups, device: torch.device
@@ -77,7 +80,7 @@ class Adversary:
         return int(self._optimizer.state[self._flat]["step"])
 
     def losses(self, images: Tensor, output: RQVAEOutput, loss: RQVAELoss) -> Terms:
-        """All terms of a micro-batch [B, 3, R, R], "loss" for the engine to go backward from; collective.
+        """The losses of a micro-batch [B, 3, R, R], "loss" for the engine to go backward from; collective.
 
         The discriminator's gradients are added to those of the micro-batches before.
         """
@@ -107,20 +110,23 @@ class Adversary:
         return {"loss": value.detach() + pull - pull.detach(), **{k: v.detach() for k, v in terms.items()}}
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Move the discriminator, once the engine has made a step; collective."""
+    def step(self) -> Terms:
+        """Move the discriminator, once the engine has made a step; its gradient's norm, if it moves (collective)."""
+        terms: Terms = {}
         if self._micro_batches:
             gradient = self._flat.grad
             assert gradient is not None
             dist.all_reduce(gradient, group=self._group)
             gradient /= self._micro_batches * self._ranks
+            norm = terms["discriminator_grad_norm"] = gradient.norm()
             if self._train.clip:
-                gradient *= (self._train.clip / (gradient.norm() + 1e-6)).clamp(max=1)
+                gradient *= (self._train.clip / (norm + 1e-6)).clamp(max=1)
             joined = self._step - self._updates
             self._optimizer.param_groups[0]["lr"] = learning_rate(self._step, *self._length, self._train, joined)
             self._optimizer.step()
             gradient.zero_()
         self._step, self._micro_batches = self._step + 1, 0
+        return terms
 
     def take_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Start from a state dict, such as a released discriminator's. Raises CheckpointError where it differs."""
@@ -199,9 +205,7 @@ class AdversarialPasses(PlainPasses):
 
     def train(self, micro_batches: Sequence[Any], seeds: Sequence[int]) -> Terms:
         """One step of both optimisers."""
-        terms = super().train(micro_batches, seeds)
-        self._adversary.step()
-        return terms
+        return super().train(micro_batches, seeds) | self._adversary.step()
 
 
 def _flatten(module: nn.Module) -> nn.Parameter:

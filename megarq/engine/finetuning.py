@@ -42,17 +42,18 @@ def config_of_source(init: InitFrom, run: str, overrides: Sequence[str]) -> RQVA
 
 
 def first_weights(session: Session, init: InitFrom | None) -> tuple[FirstWeights | None, list[str]]:
-    """What a new run starts from, and a line for its log; nothing where it goes on from a checkpoint (collective).
+    """What a new run starts from, and lines for its log; no weights where it goes on from a checkpoint (collective).
 
     Raises, on all ranks, CheckpointError where the weights are missing or damaged, ConfigError where they are of
     another architecture.
     """
-    if init is None:
-        return None, []
-    if session.checkpoint is not None:
-        return None, [f"the run goes on from its own checkpoint: --init-from {init.path} is not read"]
     config = session.config
     assert isinstance(config, RQVAERunConfig)
+    if init is None:
+        at_random = config.finetuned_from is not None and session.checkpoint is None
+        return None, [_told_random(config)] if at_random else []
+    if session.checkpoint is not None:
+        return None, [f"the run goes on from its own checkpoint: --init-from {init.path} is not read"]
 
     def read() -> FirstWeights:
         check_same_architecture(config.model, read_architecture(init.path), init.path)
@@ -60,6 +61,13 @@ def first_weights(session: Session, init: InitFrom | None) -> tuple[FirstWeights
 
     first = alike(read)
     return first, [f"first weights: {first.origin}, {_told_discriminator(config, bool(first.discriminator))}"]
+
+
+def _told_random(config: RQVAERunConfig) -> str:
+    return (
+        f"WARNING: the run starts from random weights, with a configuration that finetunes {config.finetuned_from}. "
+        "Give its run or exported model as --init-from, or finetuned_from=null and more train.epochs."
+    )
 
 
 def _told_discriminator(config: RQVAERunConfig, given: bool) -> str:

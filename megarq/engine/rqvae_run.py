@@ -190,6 +190,7 @@ class RQVAETask:
         self._adversary = adversary
         self._health = Health(config, device, groups.data, history)
         self._shown_loader = shown
+        self._skipped, self._skipped_so_far = 0, 0
         self.passes: Passes = PlainPasses(engine, self.losses)
         if adversary is not None:
             self.passes = AdversarialPasses(engine, self.losses, adversary)
@@ -203,6 +204,7 @@ class RQVAETask:
 
     def micro_batches(self, batch: ImageBatch, count: int) -> list[Tensor]:
         """Equal parts [b, 3, R, R] of a rank's share, in order."""
+        self._skipped = batch.skipped
         return list(batch.images.chunk(count))
 
     def losses(self, images: Tensor) -> dict[str, Tensor]:
@@ -231,8 +233,15 @@ class RQVAETask:
         }
 
     def observe(self, step: int, values: Mapping[str, Any]) -> Findings:
-        """How the codes were used, and warnings."""
-        return self._health.observe(step, values)
+        """How the codes were used, how many pictures could not be read, and warnings."""
+        found = self._health.observe(step, values)
+        counted = torch.tensor(self._skipped, device=self._device)
+        dist.all_reduce(counted, group=self._groups.data)
+        skipped = found.values["skipped_pictures"] = int(counted)
+        self._skipped_so_far += skipped
+        if skipped:
+            found.lines.append(f"unreadable pictures skipped: {skipped}, {self._skipped_so_far} since the start")
+        return found
 
     def pictures(self) -> tuple[Tensor, str]:
         """Originals, their reconstructions, and those from the codes of the first depth, the first two, ..."""

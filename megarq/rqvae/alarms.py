@@ -58,6 +58,7 @@ class Alarms:
         self._rise = math.inf if config.reconstruction_rise is None else config.reconstruction_rise
         self._logits_bound = _LOGITS[adversarial] if config.logits is None else config.logits
         self._best_usage: dict[str, float] = {}
+        self._best_perplexity: dict[str, float] = {}
         self._usage_alarms: dict[str, Alarm] = {}
         self._perplexity_alarms: dict[str, Alarm] = {}
         self._best_reconstruction = math.inf
@@ -72,9 +73,12 @@ class Alarms:
         if values.get("reconstruction_loss") is None:  # a line of a validation
             return []
         warnings: list[str | None] = []
-        for depth in self._judged_depths(values):
-            warnings.append(self._see_usage(depth, values[f"usage{depth}"]))
-            warnings.append(self._see_perplexity(depth, values[f"perplexity{depth}"]))
+        shared = "usage" in values
+        for depth in [name.removeprefix("usage") for name in values if name.startswith("usage")]:
+            sharing = shared and depth != ""
+            if not sharing:
+                warnings.append(self._see_usage(depth, values[f"usage{depth}"]))
+            warnings.append(self._see_perplexity(depth, values[f"perplexity{depth}"], sharing))
         real, fake = values.get("logits_real"), values.get("logits_fake")
         self._see_discriminator(real is not None)
         warnings.append(self._see_reconstruction(values["reconstruction_loss"]))
@@ -82,12 +86,6 @@ class Alarms:
             warnings.append(self._see_logits(real, fake))
             warnings.append(self._see_lambda(values["adaptive_weight"]))
         return [warning for warning in warnings if warning is not None]
-
-    def _judged_depths(self, values: Mapping[str, Any]) -> list[str]:
-        """Endings of the names of each codebook's use: none for a shared one, whose depths choose different codes."""
-        if "usage" in values:
-            return [""]
-        return [name.removeprefix("usage") for name in values if name.startswith("usage_")]
 
     def _see_usage(self, depth: str, usage: float) -> str | None:
         best = self._best_usage[depth] = max(usage, self._best_usage.get(depth, 0.0))
@@ -97,15 +95,18 @@ class Alarms:
             return None
         return f"{usage:.0%} of the codes are used{_at(depth)}, {best:.0%} were at best: {_COLLAPSES}"
 
-    def _see_perplexity(self, depth: str, perplexity: float) -> str | None:
-        if depth not in self._perplexity_alarms:  # the first look is at a codebook that is still finding its place
-            self._perplexity_alarms[depth] = Alarm()
+    def _see_perplexity(self, depth: str, perplexity: float, sharing: bool) -> str | None:
+        """Of a codebook; or of a depth that shares one with others, which is held against its own best."""
+        if depth not in self._best_perplexity:  # the first look is at a codebook that is still finding its place
+            self._best_perplexity[depth] = 0.0
             return None
+        best = self._best_perplexity[depth] = max(perplexity, self._best_perplexity[depth])
         size = self._sizes[int(depth.removeprefix("_") or 1) - 1]
-        floor = self._config.perplexity_floor * size
-        if not self._perplexity_alarms[depth].rings(floor / perplexity, 1.0):
+        floor = self._config.perplexity_floor * (best if sharing else size)
+        if not self._perplexity_alarms.setdefault(depth, Alarm()).rings(floor / perplexity, 1.0):
             return None
-        return f"the perplexity of the {size} codes is {perplexity:.1f}{_at(depth)}, below {floor:.1f}: {_COLLAPSES}"
+        held_against = f"{best:.1f} at best" if sharing else f"below {floor:.1f}"
+        return f"the perplexity of the {size} codes is {perplexity:.1f}{_at(depth)}, {held_against}: {_COLLAPSES}"
 
     def _see_discriminator(self, present: bool) -> None:
         """The reconstruction that a new discriminator pulls at is no longer held against what it was without one."""

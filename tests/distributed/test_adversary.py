@@ -127,9 +127,10 @@ def adversarial_step(adversarial: str) -> None:
 
     for parameter, gradient in zip(judge.parameters(), judged.values(), strict=True):
         parameter.grad = gradient
-    assert nn.utils.clip_grad_norm_(judge.parameters(), config.train.clip) > config.train.clip
+    norm = nn.utils.clip_grad_norm_(judge.parameters(), config.train.clip)
+    assert norm > config.train.clip
     torch.optim.Adam(judge.parameters(), DISCRIMINATOR_LR / 2, (0.5, 0.9)).step()
-    adversary.step()
+    torch.testing.assert_close(adversary.step(), {"discriminator_grad_norm": norm}, rtol=1e-4, atol=0)
     moments = adversary.tensors()
     for name, parameter in judge.named_parameters():
         torch.testing.assert_close(
@@ -174,7 +175,7 @@ def first_moves(start: int) -> float:
     model = RQVAE(config.model).train()
     adversary = Adversary(model, config, BATCH, ProcessGroups.build(Topology()), CPU)
     for _ in range(start):
-        adversary.step()
+        assert adversary.step() == {}
     before = {name: weight.clone() for name, weight in adversary.discriminator.named_parameters()}
     adversary.losses(global_images(0), model(global_images(0)), RQVAELoss())
     adversary.step()

@@ -20,14 +20,21 @@ from megarq.errors import DivergenceError
 BAD_STEP = 4
 
 
-def infinite_term(name: str, terms: Terms, last_rank: bool) -> Terms:
+def infinite_term(task: Any, name: str, terms: Terms, last_rank: bool) -> Terms:
     """A term, and with it the loss, is infinite on the last rank."""
     return {**terms, name: terms[name] * torch.inf, "loss": terms["loss"] * torch.inf} if last_rank else terms
 
 
-def undefined_gradient(name: str, terms: Terms, last_rank: bool) -> Terms:
+def undefined_gradient(task: Any, name: str, terms: Terms, last_rank: bool) -> Terms:
     """All terms are what they were; the gradient of the last rank's loss is not a number."""
     return {**terms, "loss": terms["loss"] + (0 * terms["loss"]).sqrt()} if last_rank else terms
+
+
+def undefined_discriminator(task: RQVAETask, name: str, terms: Terms, last_rank: bool) -> Terms:
+    """All terms are what they were; the last rank's gradient of the discriminator is not a number."""
+    if last_rank:
+        next(task._adversary.discriminator.parameters()).grad.fill_(torch.nan)
+    return terms
 
 
 def stopped(
@@ -45,7 +52,7 @@ def stopped(
         terms = whole(self, *inputs)
         topology = self._groups.topology
         last_rank = topology.rank == topology.world_size - 1
-        return spoil(name, terms, last_rank) if step == BAD_STEP else terms
+        return spoil(self, name, terms, last_rank) if step == BAD_STEP else terms
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(DivergenceError) as caught:
         patch.setattr(Trainer, "_update", counted)
@@ -67,6 +74,7 @@ STAGE1 = {
     "commitment": (infinite_term, "commitment_loss", "loss is inf, commitment_loss is inf"),
     "discriminator": (infinite_term, "discriminator_loss", "loss is inf, discriminator_loss is inf"),
     "gradient": (undefined_gradient, "", "grad_norm is inf;"),
+    "gradient of the discriminator": (undefined_discriminator, "", "discriminator_grad_norm is nan;"),
 }
 
 

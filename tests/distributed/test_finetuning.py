@@ -71,7 +71,7 @@ def finetune(run: Path, data: Path, init: InitFrom, overrides: tuple[str, ...] =
     return trained(run, data, init, config)
 
 
-def trained(run: Path, data: Path, init: InitFrom, config: RQVAERunConfig) -> str:
+def trained(run: Path, data: Path, init: InitFrom | None, config: RQVAERunConfig) -> str:
     ds = {"zero_optimization": {"stage": 1}}
     resolved, topology = resolve_and_place(config, ds, dist.get_world_size(), dist.get_rank())
     said = io.StringIO()
@@ -82,6 +82,13 @@ def trained(run: Path, data: Path, init: InitFrom, config: RQVAERunConfig) -> st
     except MegarqError as error:
         return f"{type(error).__name__}: {error}"
     return said.getvalue()
+
+
+def without_source(run: Path, data: Path, source: Path, named: str | None, *overrides: str) -> str:
+    """A run whose configuration finetunes a model of that name, and which is given none."""
+    config = config_of_source(InitFrom(str(source)), str(run), [*OVERRIDES, *overrides])
+    config.finetuned_from = named
+    return trained(run, data, None, config)
 
 
 def deeper(run: Path, data: Path, init: InitFrom) -> str:
@@ -151,6 +158,17 @@ def test_a_run_that_goes_on_no_longer_needs_its_source(rank_group, run, pictures
     said = rank_group(2).run(finetune, run, pictures, init, ("train.steps=2",))
     assert f"the run goes on from its own checkpoint: --init-from {source} is not read" in said[0]
     assert [line["step"] for line in metrics_of(run)] == [1, 2]
+
+
+def test_a_finetuning_that_is_given_no_weights_warns_once(rank_group, run, pictures):
+    first = rank_group(1).run(without_source, run, pictures, REFERENCE, "rqvae-8x8x4")[0]
+    again = rank_group(1).run(without_source, run, pictures, REFERENCE, "rqvae-8x8x4", "train.steps=2")[0]
+    assert "WARNING: the run starts from random weights, with a configuration that finetunes rqvae-8x8x4." in first
+    assert "going on from step 1" in again and "WARNING" not in again
+
+
+def test_a_run_that_finetunes_nothing_does_not_warn(rank_group, run, pictures):
+    assert "WARNING" not in rank_group(1).run(without_source, run, pictures, REFERENCE, None)[0]
 
 
 def test_another_architecture_is_refused_on_all_ranks(rank_group, run, pictures, source):

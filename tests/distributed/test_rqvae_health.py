@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,18 @@ def test_the_kmeans_is_not_the_random_start(rank_group, tmp_path, pictures):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_kmeans_leaves_the_loader_at_its_first_batch(rank_group, run, pictures, ranks):
     assert all(unmoved for _, unmoved in rank_group(ranks).run(started, run, pictures, config_of(codebook=KMEANS)))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_skipped_pictures_are_counted_over_all_ranks(rank_group, run, pictures, tmp_path, ranks):
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    for number in range(2 * BATCH - 1, 20):  # an epoch is two batches
+        (folder / f"{number}.png").unlink()
+    (folder / "broken.png").write_bytes(b"no picture")
+    said = rank_group(ranks).run(train, run, folder, config_of(), None, False)[0]
+    assert sum(line["skipped_pictures"] for line in metrics_of(run)) == STEPS // 2
+    told = [line.partition(": ")[2] for line in said.splitlines() if "unreadable" in line]
+    assert told == [f"unreadable pictures skipped: 1, {total} since the start" for total in (1, 2)]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

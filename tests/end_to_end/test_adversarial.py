@@ -13,6 +13,7 @@ from tests.end_to_end.commands import succeed
 LOSSES = (
     *("reconstruction_loss", "perceptual_loss", "commitment_loss"),
     *("generator_loss", "adaptive_weight", "discriminator_loss", "logits_real", "logits_fake"),
+    "discriminator_grad_norm",
 )
 STEPS, STARTED_AT = 4, 2
 

@@ -67,6 +67,7 @@ class Share(NamedTuple):
 
     images: torch.Tensor
     state: LoaderState
+    skipped: int = 0
 
 
 def global_images(number: int) -> torch.Tensor:

@@ -120,9 +120,12 @@ def test_the_discriminators_schedule_is_the_published_one(name: str) -> None:
     assert (loss.discriminator_layers, loss.discriminator_channels) == (2, 64)
 
 
-@pytest.mark.parametrize("name", ["rqvae-church-8x8x4", "rqvae-cat-8x8x4", "rqvae-bedroom-8x8x4", "rqvae-cc3m-8x8x4"])
-def test_what_is_finetuned_from_imagenet_has_its_architecture(name: str) -> None:
-    assert load_config(name, [], "rq-vae").model == load_config("rqvae-8x8x4", [], "rq-vae").model
+@pytest.mark.parametrize("name", STAGE_1)
+def test_what_takes_one_epoch_is_finetuned_from_imagenet_and_has_its_architecture(name: str) -> None:
+    config = load_config(name, [], "rq-vae")
+    assert config.finetuned_from == ("rqvae-8x8x4" if config.train.epochs == 1 else None)
+    if config.finetuned_from:
+        assert config.model == load_config(config.finetuned_from, [], "rq-vae").model
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -64,6 +64,15 @@ def test_an_unreadable_picture_is_replaced(
     assert torch.equal(batch[0], batch[1])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_batch_counts_the_pictures_skipped_for_it(
+    make_tar: Callable[[str, Mapping[str, bytes]], str], png: Callable[[int], bytes], workers: int
+) -> None:
+    tar = make_tar("b.tar", {"bad.png": b"no picture", "good.png": png(1), "last.png": png(2)})
+    loader = ImageLoader(open_images([tar]), "none", 8, 3, workers=workers)
+    assert [batch.skipped for batch in islice(loader, 4)] == [1] * 4
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_unreadable_pictures_stop_with_the_plain_error(
     make_tar: Callable[[str, Mapping[str, bytes]], str], workers: int

@@ -128,6 +128,18 @@ def test_a_shared_codebook_is_judged_over_all_depths():
     ]
 
 
+def test_a_depth_of_a_shared_codebook_is_held_against_its_own_best():
+    pairs = [(20.0, 1.0), (60.0, 40.0), (20.0, 4.1), (20.0, 3.9), (20.0, 3.0)]
+    lines = [use("", perplexity=60.0) | use("_1", 0.9, first) | use("_2", 0.9, second) for first, second in pairs]
+    assert spoken(alarms(), lines) == {
+        3: [
+            "the perplexity of the 256 codes is 3.9 at depth 2, 40.0 at best: the codebook collapses. Lower train.lr, "
+            "or start anew with codebook.init=kmeans"
+        ]
+    }
+    assert spoken(alarms(perplexity_floor=0.0), lines) == {}
+
+
 def test_a_reconstruction_that_diverges_is_told_once():
     found = spoken(alarms(), losses(*[0.1] * 20, *[0.5] * 20))
     assert len(found) == 1
