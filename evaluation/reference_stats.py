@@ -34,7 +34,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("pictures", help="a folder of pictures, an LMDB, a picture set, or tars: paths, globs, {0000..0099}")
+    parser.add_argument("pictures", help="a folder, an LMDB, a picture set, or tars: paths, globs, {0000..0099}")
     parser.add_argument(
         "--protocol",
         required=True,
