@@ -13,7 +13,7 @@ from megarq.data.pictures import open_pictures
 from megarq.errors import ConfigError
 from megarq.files import make_room
 from megarq.inference.pretrained import find_device
-from megarq.scoring.evaluate import REFERENCE_TRANSFORMS, make_reference
+from megarq.scoring.evaluate import REFERENCE_TRANSFORMS, first_size, make_reference
 from megarq.scoring.networks import LAYERS, build_network
 from megarq.scoring.protocols import PROTOCOLS, find_protocol
 from megarq.scoring.result import DIGITS
@@ -82,6 +82,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parse_weights(args.feature_weights)
     pictures = open_pictures(args.pictures)
     make_room(args.output)
+    if args.transform != "none" and max(found := first_size(pictures)) < args.resolution:
+        logging.warning(
+            f"warning: pictures of {found[0]}x{found[1]} are enlarged to {args.resolution}x{args.resolution}: "
+            "give the size of those that will be scored as --resolution."
+        )
     reference = make_reference(
         pictures,
         [build_network(name, protocol, [LAYERS[name]], find_weights(name, given), device) for name in names],

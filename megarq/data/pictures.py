@@ -32,7 +32,7 @@ from megarq.data.image_shards import IMAGE_EXTENSIONS, LOSSY_EXTENSIONS, scan_sa
 from megarq.data.lmdb_images import LmdbImages, is_lmdb
 from megarq.data.picture_set import PICTURES, PictureSettings
 from megarq.data.sources import failure
-from megarq.data.transforms import decode_rgb, find_transform
+from megarq.data.transforms import decode_rgb, find_transform, unreadable
 from megarq.errors import DataError
 from megarq.progress import progress_bar
 
@@ -246,13 +246,15 @@ def _open_set(folder: Path) -> Pictures:
 def decode_plain(data: bytes) -> Image.Image:
     """Decode to 8-bit RGB as published evaluators do: neither turned upright nor laid on white.
 
-    Raises: DataError where the bytes are no whole picture.
+    Raises: DataError where the bytes are no whole picture, or one of more than 8 bits a channel.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"mode {image.mode}, of more than 8 bits, which evaluators clip to white")
             return image.convert("RGB")
     except Exception as error:  # damaged bytes make Pillow raise anything
-        raise DataError(f"not a readable picture of {len(data)} bytes ({error}). Replace or remove it.") from error
+        raise unreadable(data, error) from error
 
 
 @dataclass(frozen=True)

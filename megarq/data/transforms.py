@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from megarq.errors import DataError
@@ -37,7 +37,13 @@ def decode_rgb(data: bytes) -> Image.Image:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # damaged bytes, in the EXIF too, make Pillow raise anything
-        raise DataError(f"not a readable picture of {len(data)} bytes ({error}). Replace or remove it.") from error
+        raise unreadable(data, error) from error
+
+
+def unreadable(data: bytes, error: Exception) -> DataError:
+    """What to raise where Pillow could not decode these bytes."""
+    reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
+    return DataError(f"not a readable picture of {len(data)} bytes ({reason}). Replace or remove it.")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -110,7 +116,7 @@ def _none(image: Image.Image, size: int, source: random.Random) -> Image.Image:
     if image.size != (size, size):
         raise DataError(
             f"a picture of {image.width}x{image.height} with transform none at resolution {size}. "
-            f"Use transform center, or pictures of {size}x{size}."
+            f"Use transform center (--transform, or data.transform of a run), or pictures of {size}x{size}."
         )
     return image
 

@@ -147,7 +147,7 @@ def evaluate(request: Request) -> Scored:
     """
     request.check()
     pictures = open_pictures(request.images)
-    size = _first_size(pictures)
+    size = first_size(pictures)
     if "is" in request.metrics:
         scores.check_splits(request.settings, len(pictures))
     compared = any(metric in AGAINST_REFERENCE for metric in request.metrics)
@@ -198,7 +198,8 @@ def _open_reference(source: str) -> Reference | Pictures:
     return open_pictures(source)
 
 
-def _first_size(pictures: Pictures) -> tuple[int, int]:
+def first_size(pictures: Pictures) -> tuple[int, int]:
+    """(width, height) of the first picture. Raises: DataError where it is unreadable."""
     picture = pictures[0]
     try:
         return decode_plain(picture.data).size
@@ -215,7 +216,7 @@ def _check_pictures(pictures: Pictures, size: tuple[int, int] | None, transform:
                 f"--reference-transform {transform} makes squares, but the pictures to be scored are "
                 f"{size[0]}x{size[1]}. Resize the reference's pictures yourself."
             )
-    elif size and (found := _first_size(pictures)) != size:
+    elif size and (found := first_size(pictures)) != size:
         raise other_size(found, size)
     if len(pictures) < 2:
         raise DataError(f"the reference {pictures.source} has {len(pictures)} picture: give at least 2.")

@@ -211,3 +211,16 @@ def test_pictures_are_decoded_as_other_evaluators_do():
     buffer = io.BytesIO()
     transparent.save(buffer, "PNG")
     assert decode_plain(buffer.getvalue()).getpixel((0, 0)) == (200, 10, 10)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_pictures_that_other_evaluators_would_clip_to_white_are_refused(dtype):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 300, dtype)).save(buffer, "TIFF")
+    with pytest.raises(DataError, match="of more than 8 bits, which evaluators clip to white"):
+        decode_plain(buffer.getvalue())
+
+
+def test_bytes_of_no_known_format_are_told_so():
+    with pytest.raises(DataError, match=r"^not a readable picture of 4 bytes \(no known format\)\. Replace"):
+        decode_plain(b"text")

@@ -451,6 +451,17 @@ def test_statistics_of_pictures_brought_to_a_size_are_those_of_the_pictures(
     assert to_result(two)["reference"]["transform"] == transform
 
 
+@pytest.mark.parametrize(("resolution", "warned"), [(8, False), (16, True)])
+def test_enlarging_a_reference_is_warned_of(many, tmp_path, monkeypatch, caplog, resolution, warned):
+    monkeypatch.setattr("megarq.scoring.weights.find_weights", lambda name, given: None)
+    monkeypatch.setattr(
+        "megarq.scoring.networks.build_network", lambda name, p, layers, *_: stand_in(name, tuple(layers))
+    )
+    options = ["--protocol", "clean", "--device", "cpu", "--resolution", str(resolution)]
+    command("reference_stats.py")([str(many), *options, "--output", str(tmp_path / "made.npz")])
+    assert ("pictures of 8x8 are enlarged to 16x16" in caplog.text) == warned
+
+
 def test_statistics_are_made_under_a_protocol_of_ones_own(many, tmp_path):
     """The demo's, whose network the file brings; its weights are untrained here."""
     path = Path(__file__).parents[3] / "tools" / "demo" / "digit_protocol.py"
