@@ -133,10 +133,13 @@ class DataConfig:
     """Hold out this many of the last shards of each --data folder for validation."""
     bpe_dropout: float = 0.0
     """Rate of BPE dropout on training captions."""
+    caption_dropout: float = 0.0
+    """Share of training captions that are read as the empty one, which classifier-free guidance needs."""
 
     def validate(self) -> None:
         """Raise ConfigError where a value cannot be run."""
-        check_ranges("data", self, workers=AMOUNT, prefetch=COUNT, validation_shards=AMOUNT, bpe_dropout=SHARE)
+        shares = dict.fromkeys(("bpe_dropout", "caption_dropout"), SHARE)
+        check_ranges("data", self, workers=AMOUNT, prefetch=COUNT, validation_shards=AMOUNT, **shares)
 
 
 @dataclass
@@ -193,10 +196,13 @@ class SamplingConfig:
     """Draw among the likeliest codes that hold this share of the probability."""
     temperature: float = 1.0
     """Divides the logits."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance by the caption; 1 is none."""
 
     def validate(self) -> None:
         """Raise ConfigError where a value cannot be run."""
-        check_ranges("sampling", self, top_k=COUNT, top_p=Range(0, 1, open_low=True), temperature=POSITIVE)
+        top_p, guidance = Range(0, 1, open_low=True), Range(0)
+        check_ranges("sampling", self, top_k=COUNT, top_p=top_p, temperature=POSITIVE, guidance=guidance)
 
 
 @dataclass
@@ -221,6 +227,11 @@ class RQTransformerRunConfig:
             *(self.data, self.checkpoint, self.log, self.sampling),
         ):
             section.validate()
+        if self.data.caption_dropout and self.model.condition != "text":
+            raise ConfigError(
+                f"data.caption_dropout={self.data.caption_dropout}, but the model has no captions "
+                f"(model.cond_length={self.model.cond_length}). Set data.caption_dropout=0."
+            )
 
 
 @dataclass

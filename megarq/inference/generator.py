@@ -22,13 +22,15 @@ from megarq.config.run import SamplingConfig
 from megarq.errors import ConfigError
 from megarq.inference.pretrained import Pretrained, load_pretrained
 from megarq.inference.sampling import (
+    CodeSampler,
     Counts,
+    Guidance,
     Progress,
     Shares,
     check_condition,
+    check_guidance,
     check_seed,
     depth_settings,
-    sample_codes,
 )
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class ImageGenerator:
         self.info = model.info
         """What the folder's config.json says."""
         self.batch_size = batch_size
+        self._sampler = CodeSampler(self.transformer)
 
     @classmethod
     def from_pretrained(
@@ -93,6 +96,7 @@ class ImageGenerator:
         top_p: Shares | None = None,
         seed: int = 0,
         progress: Progress | None = None,
+        guidance: float | None = None,
     ) -> list[Image.Image]:
         """Draw pictures.
 
@@ -106,6 +110,7 @@ class ImageGenerator:
             top_p: draw among the likeliest codes that hold this share of the probability.
             seed: the same seed gives the same pictures.
             progress: called with the number of stacks drawn, as they are drawn; `positions` of them make a picture.
+            guidance: how much the caption is stressed, where the model was trained with caption dropout; 1 is none.
 
         Returns:
             `count` pictures of the first prompt or class, then of the second, and so on.
@@ -115,12 +120,12 @@ class ImageGenerator:
         """
         number = _whole("count", count, least=1)
         cond = self.conditions(prompts, classes).repeat_interleave(number, dim=0)
-        codes = self.sample_codes(cond, top_k, top_p, temperature, seed, progress=progress)
+        codes = self.sample_codes(cond, top_k, top_p, temperature, seed, progress=progress, guidance=guidance)
         return self.decode(codes)
 
-    def decode(self, codes: Tensor) -> list[Image.Image]:
-        """The pictures of codes [B, H, W, D]."""
-        return [picture for part in codes.split(DECODED) for picture in to_pictures(self.rqvae.decode(part))]
+    def decode(self, codes: Tensor, depth: int | None = None) -> list[Image.Image]:
+        """The pictures of codes [B, H, W, D], from their first `depth` depths (all by default)."""
+        return [picture for part in codes.split(DECODED) for picture in to_pictures(self.rqvae.decode(part, depth))]
 
     def sample_codes(
         self,
@@ -131,6 +136,7 @@ class ImageGenerator:
         seed: int = 0,
         indices: Sequence[int] | None = None,
         progress: Progress | None = None,
+        guidance: float | None = None,
     ) -> Tensor:
         """Codes [B, H, W, D] for conditions [B, L]; settings left out are the folder's.
 
@@ -142,22 +148,31 @@ class ImageGenerator:
             "top_p": self.sampling.top_p if top_p is None else top_p,
             "temperature": self.sampling.temperature if temperature is None else temperature,
         }
-        depth_settings(self.transformer.config.sizes, **settings)
-        check_seed(seed)
+        each = depth_settings(self.transformer.config.sizes, **settings)
+        seed = check_seed(seed)
         cond = check_condition(self.transformer, cond)
+        guided = self._guidance(self.sampling.guidance if guidance is None else guidance)
         indices = range(len(cond)) if indices is None else indices
         parts = [
-            sample_codes(
-                self.transformer,
+            self._sampler.draw(
                 cond[first : first + self.batch_size],
-                **settings,
-                seed=seed,
-                indices=indices[first : first + self.batch_size],
-                progress=progress,
+                each,
+                seed,
+                indices[first : first + self.batch_size],
+                progress,
+                guided,
             )
             for first in range(0, len(cond), self.batch_size)
         ]
         return torch.cat(parts)
+
+    def _guidance(self, scale: float) -> Guidance | None:
+        scale = check_guidance(scale, self.transformer.config.condition)
+        if scale == 1:
+            return None
+        if self.tokenizer is None:
+            raise ConfigError(f"guidance={scale:g}: the model was imported without a tokenizer. Give --tokenizer then.")
+        return Guidance(scale, torch.tensor(self.tokenizer.encode("", self.transformer.config.cond_length)))
 
     @property
     def positions(self) -> int:

@@ -1,11 +1,11 @@
 """Drawing stacks of codes from an RQ-Transformer: the training blocks, one token at a time, against key-value caches.
 
-    context = read_condition(cond)                      the body reads L tokens; its last output is h_1
+    read the condition                                  the body reads L tokens; its last output, the context, is h_1
     for t = 1..T:
         for d = 1..D:                                   a fresh head cache for each position
-            logits = next_logits(context, codes drawn at t so far)
+            logits of depth d                           from the context and the codes drawn at t so far
             draw k_td from logits: temperature, then top-k, then top-p
-        context = read_stack(codes drawn at t)          one body token gives h_{t+1}
+        read the codes drawn at t                       one body token gives h_{t+1}
 
 What is random about a picture is T * D uniform numbers that depend on the seed and the picture's index alone, so a
 picture is the same whatever pictures are drawn beside it (as far as the device's products do not depend on the batch).
@@ -13,11 +13,12 @@ picture is the same whatever pictures are drawn beside it (as far as the device'
 Shapes: B batch, T = H x W positions, D depth, L condition length, E width, K codebook size, P tensor-parallel size.
 """
 
+import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,12 @@ from torch import Tensor, nn
 from megarq.errors import ConfigError
 from megarq.parallel.collectives import gather_from
 from megarq.parallel.initialization import named_generator
-from megarq.transformer.rq_transformer import RQTransformer
+from megarq.transformer.blocks import Window
+from megarq.transformer.rq_transformer import WINDOW_STEP, RQTransformer
 
-Choose = Callable[[Tensor, int, int], Tensor]
+Position = int | Tensor
+"""A position, or where the device alone knows it, int64 [1]."""
+Choose = Callable[[Tensor, Position, int], Tensor]
 """From logits [B, K_d], position and depth to codes [B]."""
 Progress = Callable[[int], object]
 """Told, after each position, how many stacks were drawn: the batch size."""
@@ -136,6 +140,19 @@ def _number(value: Any) -> float:
         return float("nan")
 
 
+def check_guidance(value: Any, condition: str) -> float:
+    """The scale as a float. Raises ConfigError where it is out of range, or the condition has no null."""
+    scale = _number(value)
+    if not 0 <= scale < float("inf"):
+        raise ConfigError(f"guidance={value!r}: give a number of 0 or more; 1 is none, and 2 to 8 stress the caption.")
+    if scale != 1 and condition != "text":
+        raise ConfigError(
+            f"guidance={value!r}: the model's condition is {condition}, and only captions have a null condition, the "
+            "empty caption. Use guidance 1."
+        )
+    return scale
+
+
 def check_seed(seed: Any) -> int:
     """The seed as an int. Raises ConfigError for anything that is not a whole number."""
     try:
@@ -146,66 +163,234 @@ def check_seed(seed: Any) -> int:
     raise ConfigError(f"seed={seed!r}: give a whole number, such as 0.")
 
 
-class CachedForward:
-    """The forward pass of `RQTransformer`, token by token; each step's logits are those of the whole pass."""
+class Guidance(NamedTuple):
+    """Classifier-free guidance (arXiv 2207.12598): logits become null + scale * (conditional - null)."""
 
-    def __init__(self, transformer: RQTransformer, batch: int) -> None:
+    scale: float
+    """1 leaves the condition's logits as they are, 0 forgets the condition, more than 1 stresses it."""
+    null: Tensor
+    """The null condition, int64 [L]: the empty caption."""
+
+
+class Sampler:
+    """Draws batches of one size; caches, and on a GPU the captured steps, serve one batch after the other.
+
+    On a GPU the body's step is captured as a CUDA graph for each length of window, and the D steps of the head with
+    their draws as one: a picture costs 2 T launches, and nothing waits for the device. Elsewhere, and over a tensor
+    group, the same steps run one operation at a time.
+    """
+
+    def __init__(
+        self,
+        transformer: RQTransformer,
+        batch: int,
+        choose: Choose,
+        guidance: Guidance | None = None,
+        placed: bool | None = None,
+    ) -> None:
+        """`placed` runs the steps that can be captured; by default on a GPU, where they then are captured."""
         self.transformer = transformer
-        self._body_caches, self._head_caches = transformer.new_caches(batch)
+        self._guidance = guidance
+        rows = batch if guidance is None else 2 * batch
+        device = transformer.body_input.positions.device
+        config = transformer.config
+        self._choose = choose
+        self._body_caches, self._head_caches = transformer.new_caches(rows)
+        self._codes = torch.zeros(batch, config.positions, config.depth, dtype=torch.int64, device=device)
+        self._context = transformer.body_input.positions.new_zeros(rows, config.embed_dim)
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self._place = torch.zeros(1, dtype=torch.int64, device=device)
+        on_gpu = device.type == "cuda"
+        self._placed = (on_gpu and transformer.tp.size == 1) if placed is None else placed
+        self._captured = self._placed and on_gpu
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
-    def read_condition(self, cond: Tensor) -> Tensor:
-        """Read the condition [B, L]; returns the first position's context [B, E]."""
-        return self._body(self.transformer.body_input.embed_condition(cond))
+    @torch.no_grad()
+    def draw(self, cond: Tensor, progress: Progress | None = None) -> Tensor:
+        """Stacks [B, H, W, D] for conditions [B, L]. Dropout is off, whatever the model's mode.
 
-    def read_stack(self, stack: Tensor, position: int) -> Tensor:
-        """Read the codes [B, D] of `position`; returns the next position's context [B, E]."""
-        return self._body(self.transformer.body_input.embed_codes(stack.unsqueeze(1), position))
+        Raises ConfigError where the model's answers are not finite.
+        """
+        config = self.transformer.config
+        with _evaluating(self.transformer):
+            if self._captured and not self._graphs:
+                self._capture()
+            self._start(cond)
+            for position in range(config.positions):
+                if position:
+                    self._run_body(position - 1)
+                self._run_head(position)
+                if progress is not None:
+                    if self._captured:
+                        torch.cuda.synchronize(cond.device)
+                    progress(len(cond))
+        if not self._finite:
+            raise ConfigError(
+                f"the model's hidden states are not finite in {self._context.dtype}: its weights are damaged, or too "
+                "large for float16. Use dtype bfloat16 or float32."
+            )
+        return self._codes.unflatten(1, config.code_shape[:2]).clone()
 
-    def next_logits(self, context: Tensor, drawn: Tensor) -> Tensor:
-        """Logits of depth d, fp32 [B, K_d], given a position's context [B, E] and its codes so far [B, d]."""
+    def _start(self, cond: Tensor) -> None:
+        """Read the condition [B, L], and the null condition for every picture that is guided."""
+        self._place.zero_()
+        self._finite.fill_(True)
+        for cache in self._body_caches:
+            cache.reset()
+            cache.window = None
+        if self._guidance is not None:
+            cond = torch.cat([cond, self._guidance.null.to(cond).expand_as(cond)])
+        self._read(self.transformer.body_input.embed_condition(cond))
+
+    def _run_body(self, position: int) -> None:
+        """Read the stack drawn at `position`: the context becomes the next position's."""
+        length = self._window_length(position)
+        if self._captured:
+            self._graphs[length].replay()
+        elif self._placed:
+            self._windowed_step(length)
+        else:
+            stack = self._with_null(self._codes[:, position : position + 1])
+            self._read(self.transformer.body_input.embed_codes(stack, position))
+
+    def _run_head(self, position: int) -> None:
+        """Draw the codes of `position`."""
+        if self._captured:
+            self._graphs[0].replay()
+        elif self._placed:
+            self._placed_stack()
+        else:
+            self._codes[:, position] = self._stack(position)
+
+    def _read(self, hidden: Tensor) -> None:
+        """Pass tokens [B, S, E] through the body."""
+        for block, cache in zip(self.transformer.body.values(), self._body_caches, strict=True):
+            hidden = block(hidden, cache)
+        self._context.copy_(hidden[:, -1])
+        self._finite.logical_and_(self._context.isfinite().all())
+
+    def _stack(self, position: Position) -> Tensor:
+        """Draw one stack [B, D] from the context."""
+        for cache in self._head_caches:
+            cache.reset()
+        drawn = self._codes[:, 0, :0]
+        for depth in range(self.transformer.config.depth):
+            code = self._choose(self._logits(drawn), position, depth)
+            drawn = torch.cat([drawn, code.unsqueeze(1)], dim=1)
+        return drawn
+
+    def _logits(self, drawn: Tensor) -> Tensor:
+        """Logits of depth d, fp32 [B, K_d], given the codes of the position so far [B, d]."""
         model, depth = self.transformer, drawn.shape[-1]
-        if depth == 0:
-            for cache in self._head_caches:
-                cache.reset()
-        hidden = model.head_input.embed_step(context, drawn)  # [B, 1, E]
+        hidden = model.head_input.embed_step(self._context, self._with_null(drawn))  # [B or 2B, 1, E]
         for block, cache in zip(model.head.values(), self._head_caches, strict=True):
             hidden = block(hidden, cache)
         logits = gather_from(model.outputs.codes(hidden, slice(depth, depth + 1)), model.tp)  # [B, 1, K]
-        return logits[:, 0, : model.config.sizes[depth]].float()
+        logits = logits[:, 0, : model.config.sizes[depth]].float()
+        if self._guidance is None:
+            return logits
+        conditional, null = logits.chunk(2)
+        return null + self._guidance.scale * (conditional - null)
 
-    def _body(self, hidden: Tensor) -> Tensor:
-        for block, cache in zip(self.transformer.body.values(), self._body_caches, strict=True):
-            hidden = block(hidden, cache)
-        return hidden[:, -1]
+    def _with_null(self, codes: Tensor) -> Tensor:
+        """Codes [B, ..] for all rows: guided pictures are read twice, below their condition and below the null one."""
+        return codes if self._guidance is None else torch.cat([codes, codes])
+
+    def _window_length(self, position: int) -> int:
+        """How much of the caches is read when the stack of `position` is the newest token."""
+        tokens = self.transformer.config.cond_length + position + 1
+        return -(-tokens // WINDOW_STEP) * WINDOW_STEP
+
+    def _capture(self) -> None:
+        """Record the steps as CUDA graphs, under the length of their window; the head's under 0."""
+        pool = torch.cuda.graph_pool_handle()
+        lengths = {self._window_length(position) for position in range(self.transformer.config.positions - 1)}
+        steps = {length: functools.partial(self._windowed_step, length) for length in sorted(lengths)}
+        for key, step in ({0: self._placed_stack} | steps).items():
+            for _ in range(2):  # before it is captured, what a first call allocates and chooses
+                self._place.zero_()
+                _on_side_stream(step, self._place.device)
+            self._place.zero_()
+            self._graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graphs[key], pool=pool):
+                step()
+
+    def _windowed_step(self, length: int) -> None:
+        """The body's step at the place that the device knows."""
+        place = self._place + self.transformer.config.cond_length
+        window = Window(place, torch.arange(length, device=place.device) <= place)
+        for cache in self._body_caches:
+            cache.window = window
+        stack = self._with_null(self._codes.index_select(1, self._place)[:, 0])
+        self._read(self.transformer.body_input.embed_stack(stack, self._place))
+        self._place.add_(1)
+
+    def _placed_stack(self) -> None:
+        self._codes.index_copy_(1, self._place, self._stack(self._place).unsqueeze(1))
 
 
-@torch.no_grad()
-def walk(transformer: RQTransformer, cond: Tensor, choose: Choose, progress: Progress | None = None) -> Tensor:
-    """Stacks [B, H, W, D] for conditions [B, L], each code picked by `choose` from the logits at its place.
+def _on_side_stream(step: Callable[[], None], device: torch.device) -> None:
+    """Run a step as capturing wants its first runs: on a stream of its own."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream(device).wait_stream(stream)
 
-    Dropout is off, whatever the model's mode. Raises ConfigError where the model's answers are not finite.
-    """
-    height, width, depths = transformer.config.code_shape
-    codes = cond.new_zeros(len(cond), height * width, depths)
-    with _evaluating(transformer):
-        forward = CachedForward(transformer, len(cond))
-        context = forward.read_condition(cond)
-        finite = context.isfinite().all()
-        for position in range(height * width):
-            if position:
-                context = forward.read_stack(codes[:, position - 1], position - 1)
-                finite = finite & context.isfinite().all()
-            for depth in range(depths):
-                logits = forward.next_logits(context, codes[:, position, :depth])
-                codes[:, position, depth] = choose(logits, position, depth)
-            if progress is not None:
-                progress(len(cond))
-    if not finite:
-        raise ConfigError(
-            f"the model's hidden states are not finite in {transformer.body_input.positions.dtype}: its weights are "
-            "damaged, or too large for float16. Use dtype bfloat16 or float32."
-        )
-    return codes.unflatten(1, (height, width))
+
+class Draws:
+    """Chooses codes by the settings of their depths and by numbers in [0, 1) that the pictures' indices decide."""
+
+    def __init__(self, transformer: RQTransformer, batch: int, settings: Sequence[DepthSettings]) -> None:
+        self.settings = list(settings)
+        self._shape = (transformer.config.positions, transformer.config.depth)
+        device = transformer.body_input.positions.device
+        self._uniform = torch.zeros(batch, *self._shape, dtype=torch.float64, device=device)
+
+    def seed(self, seed: int, indices: Sequence[int]) -> None:
+        """Draw the numbers of the next batch's pictures."""
+        numbers = [
+            torch.rand(self._shape, generator=named_generator(seed, "picture", int(index)), dtype=torch.float64)
+            for index in indices
+        ]
+        self._uniform.copy_(torch.stack(numbers))
+
+    def __call__(self, logits: Tensor, position: Position, depth: int) -> Tensor:
+        """Codes [B] from logits [B, K_d]."""
+        numbers = self._uniform[:, :, depth]  # [B, T]
+        uniform = numbers[:, position] if isinstance(position, int) else numbers.index_select(1, position)[:, 0]
+        return self.settings[depth].draw(logits, uniform)
+
+
+class CodeSampler:
+    """Draws codes for conditions of any number, keeping the sampler of the batch size and settings asked for last."""
+
+    def __init__(self, transformer: RQTransformer) -> None:
+        self.transformer = transformer
+        self._kept: tuple[int, list[DepthSettings], float] | None = None
+        self._sampler: Sampler | None = None
+
+    def draw(
+        self,
+        cond: Tensor,
+        settings: list[DepthSettings],
+        seed: int,
+        indices: Sequence[int],
+        progress: Progress | None = None,
+        guidance: Guidance | None = None,
+    ) -> Tensor:
+        """Stacks [B, H, W, D] for checked conditions [B, L]."""
+        if guidance is not None and guidance.scale == 1:
+            guidance = None
+        asked = (len(cond), settings, 1.0 if guidance is None else guidance.scale)
+        if self._kept != asked:
+            self._sampler = None  # its memory is free before the next one's is taken
+            self._draws = Draws(self.transformer, len(cond), settings)
+            self._sampler = Sampler(self.transformer, len(cond), self._draws, guidance)
+            self._kept = asked
+        assert self._sampler is not None
+        self._draws.seed(seed, indices)
+        return self._sampler.draw(cond, progress)
 
 
 def sample_codes(
@@ -218,6 +403,7 @@ def sample_codes(
     *,
     indices: Sequence[int] | None = None,
     progress: Progress | None = None,
+    guidance: Guidance | None = None,
 ) -> Tensor:
     """Draw one stack of codes for each condition.
 
@@ -230,6 +416,7 @@ def sample_codes(
         seed: with a picture's index, all that is random about it.
         indices: the pictures' indices [B]; 0, 1, .. by default.
         progress: called after each position with B.
+        guidance: its scale and null condition, for a model of captions.
 
     Returns:
         int64 [B, H, W, D], on the transformer's device.
@@ -243,17 +430,7 @@ def sample_codes(
     indices = range(len(cond)) if indices is None else indices
     if len(indices) != len(cond):
         raise ConfigError(f"{len(indices)} indices for {len(cond)} conditions: give one for each.")
-    uniform = torch.stack([_uniform(transformer, seed, index) for index in indices]).to(cond.device)  # [B, T, D]
-
-    def choose(logits: Tensor, position: int, depth: int) -> Tensor:
-        return settings[depth].draw(logits, uniform[:, position, depth])
-
-    return walk(transformer, cond, choose, progress)
-
-
-def _uniform(transformer: RQTransformer, seed: int, index: int) -> Tensor:
-    shape = (transformer.config.positions, transformer.config.depth)
-    return torch.rand(shape, generator=named_generator(seed, "picture", int(index)), dtype=torch.float64)
+    return CodeSampler(transformer).draw(cond, settings, seed, indices, progress, guidance)
 
 
 def check_condition(transformer: RQTransformer, cond: Tensor) -> Tensor:

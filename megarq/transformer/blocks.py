@@ -6,6 +6,8 @@ sampling brings a token or two at a time. The argument `tokens` is S in the form
 Shapes: B batch, S tokens given, E width, N heads, P tensor-parallel size, F = E / N head width, n = ceil(B S / P).
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,17 +20,33 @@ from megarq.parallel.norms import LayerNorm
 from megarq.parallel.topology import ALONE, TensorGroup
 
 
+class Window(NamedTuple):
+    """Where in the caches the next token goes, told on the device: such a step can be captured once and replayed."""
+
+    place: Tensor
+    """int64 [1]."""
+    mask: Tensor
+    """bool [W]: which of the first W tokens of the caches there are, the next one included."""
+
+
 class KeyValueCache:
     """Keys and values of the tokens seen so far by one attention layer, in buffers of fixed size."""
 
     def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
         """`shape` is [B, N/P, most tokens, F]."""
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # a masked token counts 0 times a finite value
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
+        self.window: Window | None = None
+        """Where given, one token comes at a time, and this says where, in place of `length`."""
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add [B, N/P, S, F] and return all keys and values so far."""
+        """Add [B, N/P, S, F] and return all keys and values so far, or those of the window."""
+        if self.window is not None:
+            read = len(self.window.mask)
+            self.keys.index_copy_(2, self.window.place, keys)
+            self.values.index_copy_(2, self.window.place, values)
+            return self.keys[:, :, :read], self.values[:, :, :read]
         end = self.length + keys.shape[2]
         assert end <= self.keys.shape[2], "the cache was made for fewer tokens"
         self.keys[:, :, self.length : end] = keys
@@ -54,11 +72,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None, tokens: int = 0) -> Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x, tokens))
-        fresh = cache is None or cache.length == 0  # q, k and v are [B, N/P, S, F]
+        window = None if cache is None else cache.window
+        fresh = cache is None or (window is None and cache.length == 0)  # q, k and v are [B, N/P, S, F]
         assert fresh or q.shape[2] == 1, "tokens after the first call come one at a time"
         if cache is not None:
             k, v = cache.append(k, v)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=fresh and q.shape[2] > 1)
+        mask = None if window is None else window.mask.expand(len(q), self.heads, 1, -1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=fresh and q.shape[2] > 1)
         return self.output(y.transpose(1, 2).flatten(2), tokens)  # [B, S, E] or [n, E]
 
 

@@ -83,6 +83,11 @@ class BodyInput(nn.Module):
         vectors = self.projection(self.codes(codes).to(self.positions.dtype)).sum(dim=-2)
         return vectors + self.positions[first : first + codes.shape[1]]
 
+    def embed_stack(self, stack: Tensor, position: Tensor) -> Tensor:
+        """One stack [B, D] at the position that the device knows, int64 [1], to [B, 1, E]."""
+        vectors = self.projection(self.codes(stack).to(self.positions.dtype)).sum(dim=-2)
+        return (vectors + self.positions.index_select(0, position)).unsqueeze(1)
+
 
 class HeadInput(nn.Module):
     """h_t, then head_mlp(sum_{i<=d} c(k_ti)) for d = 1..D-1, each + pos_d(d): [B*T, D, E]."""
@@ -111,5 +116,11 @@ class HeadInput(nn.Module):
     def embed_step(self, context: Tensor, codes: Tensor) -> Tensor:
         """The head's next token [B, 1, E], given the context [B, E] and the d codes [B, d] drawn so far."""
         depth = codes.shape[-1]
-        token = self.embed_depths(codes)[:, -1] if depth else context
+        token = self._embed_last(codes) if depth else context
         return (token + self.positions[depth]).unsqueeze(1)
+
+    def _embed_last(self, codes: Tensor) -> Tensor:
+        """The last of `embed_depths`, [B, d] to [B, E]."""
+        vectors = self.codes(codes)  # [B, d, C]
+        last = vectors.float().sum(dim=-2) if self.cumulative else vectors[:, -1]
+        return self.projection(last.to(self.positions.dtype))

@@ -15,6 +15,9 @@ from megarq.transformer.inputs import BodyInput, HeadInput
 from megarq.transformer.outputs import Outputs
 from megarq.transformer.stages import Stage, layer_list
 
+WINDOW_STEP = 16
+"""Captured steps read the caches up to a multiple of so many tokens, which attention kernels like aligned."""
+
 
 class RQTransformer(Stage):
     """All layers of the list in one process group's memory. Call `initialize` or load weights, then `load_codebook`."""
@@ -68,9 +71,13 @@ class RQTransformer(Stage):
         return cond.view(batch, self.config.cond_length)
 
     def new_caches(self, batch: int) -> tuple[list[KeyValueCache], list[KeyValueCache]]:
-        """Empty caches for the blocks of the body and of the head, for `batch` pictures."""
+        """Empty caches for the blocks of the body and of the head, for `batch` pictures.
+
+        The body's have room for a multiple of WINDOW_STEP tokens.
+        """
         weight = self.body_input.positions
-        tokens = (self.config.cond_length + self.config.positions - 1, self.config.depth)
+        length = self.config.cond_length + self.config.positions - 1
+        tokens = (-(-length // WINDOW_STEP) * WINDOW_STEP, self.config.depth)
         stacks = ((self.config.body, tokens[0]), (self.config.head, tokens[1]))
         body, head = (
             [

@@ -13,7 +13,7 @@ from megarq.inference.authors import import_pretrained
 from megarq.inference.generator import ImageGenerator
 from megarq.inference.model_folder import read_info
 from megarq.inference.pretrained import load_pretrained, load_rqvae
-from megarq.inference.sampling import walk
+from megarq.inference.sampling import Sampler
 from megarq.rqvae.model import fingerprint
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
@@ -189,7 +189,7 @@ def test_cached_logits_are_the_references_at_every_step(imported, reference):
         seen.append(logits)
         return codes.flatten(1, 2)[:, position, depth]
 
-    walk(imported.transformer, cond, choose)
+    Sampler(imported.transformer, len(cond), choose).draw(cond)
     torch.testing.assert_close(torch.stack(seen, dim=1), reference.expected["logits"].flatten(1, 3), **TOLERANCE)
 
 
@@ -299,7 +299,12 @@ def test_their_sampling_settings_become_the_models(models, write, tmp_path):
     document = transformer_document(models.transformer.config)
     document["sampling"] = {"top_k": [9, 5, 3], "top_p": [0.9, 0.9, 0.9], "temp": 1.1}
     import_pretrained(*_swap(write(models, document=document), tmp_path))
-    assert asdict(read_info(tmp_path / "model").sampling) == {"top_k": [9, 5, 3], "top_p": 0.9, "temperature": 1.1}
+    assert asdict(read_info(tmp_path / "model").sampling) == {
+        "top_k": [9, 5, 3],
+        "top_p": 0.9,
+        "temperature": 1.1,
+        "guidance": 1.0,
+    }
 
 
 @pytest.mark.parametrize(

@@ -7,29 +7,60 @@ import pytest
 import torch
 
 from megarq.errors import ConfigError
-from megarq.inference.sampling import DepthSettings, depth_settings, sample_codes, walk
+from megarq.inference.sampling import DepthSettings, Draws, Guidance, Sampler, depth_settings, sample_codes
 
 ONE_POSITION = {"code_shape": [1, 2, 2], "codebook_size": 3, "cond_length": 1, "cond_vocab_size": 5}
 
 
-def forced_logits(model, codes, cond):
+def forced_logits(model, codes, cond, placed=False):
     """Logits [B, T * D, K] of cached steps along given codes, padded to the largest codebook."""
     flat, seen = codes.flatten(1, 2), []
 
     def choose(logits, position, depth):
         missing = max(model.config.sizes) - logits.shape[-1]
         seen.append(torch.nn.functional.pad(logits, (0, missing), value=-1e6))
-        return flat[:, position, depth]
+        return flat[:, int(position), depth]
 
-    assert torch.equal(walk(model, cond, choose), codes)
+    assert torch.equal(Sampler(model, len(cond), choose, placed=placed).draw(cond), codes)
     return torch.stack(seen, dim=1)
 
 
-def test_cached_logits_equal_the_full_forward_pass(variant, random_inputs):
+@pytest.mark.parametrize("placed", [False, True], ids=["plain", "placed"])
+def test_cached_logits_equal_the_full_forward_pass(variant, random_inputs, placed):
     model = variant.transformer
     codes, cond = random_inputs(model.config)
     full, _ = model(codes, cond)
-    torch.testing.assert_close(forced_logits(model, codes, cond), full.flatten(1, 3), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(forced_logits(model, codes, cond, placed), full.flatten(1, 3), atol=1e-4, rtol=1e-4)
+
+
+def test_guided_logits_are_those_of_both_full_forward_passes(build, random_inputs):
+    model = build().transformer
+    codes, cond = random_inputs(model.config)
+    null = torch.zeros(model.config.cond_length, dtype=torch.int64)
+    seen = []
+
+    def choose(logits, position, depth):
+        seen.append(logits)
+        return codes.flatten(1, 2)[:, position, depth]
+
+    Sampler(model, len(cond), choose, Guidance(3.0, null)).draw(cond)
+    conditional, without = model(codes, cond)[0], model(codes, null.expand_as(cond))[0]
+    assert not torch.allclose(conditional, without, atol=1e-2)
+    expected = (without + 3 * (conditional - without)).flatten(1, 3)
+    torch.testing.assert_close(torch.stack(seen, dim=1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_sampler_draws_one_batch_after_another(build, random_inputs):
+    model = build().transformer
+    _, cond = random_inputs(model.config)
+    other = (cond + 1) % model.config.cond_vocab_size
+    settings = depth_settings(model.config.sizes)
+    for placed in (False, True):
+        draws = Draws(model, len(cond), settings)
+        sampler = Sampler(model, len(cond), draws, placed=placed)
+        for batch in (cond, other, cond):
+            draws.seed(3, range(len(cond)))
+            assert torch.equal(sampler.draw(batch), sample_codes(model, batch, seed=3))
 
 
 def test_top_k_1_takes_the_likeliest_code_at_every_step(variant, random_inputs):
