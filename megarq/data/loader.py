@@ -5,6 +5,7 @@ Worked example: 1,797 samples of [8, 8, 4] codes, global batch B = 64 on 2 ranks
     mixture.py      samples 64b .. 64b + 63 of the endless stream; rank_share takes this rank's 32 of them
     worker w of W   of these, those of lanes with (lane // ranks) % W = w: no byte is read by two workers
     windows.py      codes [n, 8, 8, 4] of draw 1 + (hash(seed, block) + epoch) mod N; one caption of each sample
+    SampleMaker     a share of the captions made empty, by (seed, sample, epoch)
     caption_encoder caption -> 32 tokens, with dropout seeded by (seed, sample, epoch)
     CodeBatch       codes [32, 8, 8, 4] int64, cond [32, 32] int64, latents or None, .., and the state after it
 
@@ -87,15 +88,19 @@ class SampleMaker:
         condition: str,
         cond_length: int,
         caption_encoder: CaptionEncoder | None,
+        caption_dropout: float = 0.0,
         seed: int,
     ) -> None:
         """targets: "draws", "argmin" or "soft"; condition: "text", "class" or "none".
+
+        caption_dropout: share of captions that are read as empty, where `make` is asked for dropout.
 
         Raises: DataError where the shards lack what is asked for: draws, latents, captions or classes.
         """
         self._data, self._seed = data, seed
         self._targets, self._condition = targets, condition
         self._cond_length, self._caption_encoder = cond_length, caption_encoder
+        self._caption_dropout = caption_dropout
         for folder in data.folders:
             _check_targets(folder, targets)
             _check_condition(folder, condition, cond_length, caption_encoder)
@@ -126,7 +131,10 @@ class SampleMaker:
             latents = torch.from_numpy(self._data.read_latents(picks.block, picks.row))
         seeds = None
         if self._condition == "text" and dropout:
-            seeds = (mix(sample_hash(self._seed, ids) ^ mix(picks.epoch.astype(np.uint64))) >> np.uint64(1)).tolist()
+            hashes = mix(sample_hash(self._seed, ids) ^ mix(picks.epoch.astype(np.uint64)))
+            seeds = (hashes >> np.uint64(1)).tolist()
+            numbers = (mix(hashes) >> np.uint64(11)) * 2.0**-53  # [n] from 0 to 1
+            text = np.where(numbers < self._caption_dropout, "", text)
         return Part(
             torch.from_numpy(places),
             torch.from_numpy(codes),
@@ -215,6 +223,7 @@ class CodeLoader:
         data: Mixture,
         *,
         caption_encoder: CaptionEncoder | None,
+        caption_dropout: float = 0.0,
         cond_length: int,
         condition: str,
         global_batch_size: int,
@@ -227,7 +236,9 @@ class CodeLoader:
         pin_memory: bool = False,
         start: LoaderState | None = None,
     ) -> None:
-        """rank, world_size: data-parallel; workers: processes of this rank that share its batches, 0 for none.
+        """caption_dropout: share of captions that are read as empty.
+
+        rank, world_size: data-parallel; workers: processes of this rank that share its batches, 0 for none.
 
         prefetch: batches that the workers make ahead; pin_memory: hand batches over in page-locked memory, for CUDA.
 
@@ -241,6 +252,7 @@ class CodeLoader:
             condition=condition,
             cond_length=cond_length,
             caption_encoder=caption_encoder,
+            caption_dropout=caption_dropout,
             seed=seed,
         )
         self._order = data.order(seed)

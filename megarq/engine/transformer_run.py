@@ -123,6 +123,7 @@ def make_batches(
     loader = CodeLoader(
         train,
         caption_encoder=partial(encode, config.data.bpe_dropout) if encode else None,
+        caption_dropout=config.data.caption_dropout,
         workers=config.data.workers,
         prefetch=config.data.prefetch,
         pin_memory=session.device.type == "cuda",

@@ -82,7 +82,7 @@ class TextTokenizer:
         """
         if not 0 <= dropout <= 1:
             raise ConfigError(f"data.bpe_dropout={dropout}: use a rate from 0 to 1.")
-        if dropout == 0:
+        if dropout == 0 or not caption:
             ids = self._backend.encode(caption, length)
         elif seed is None:
             raise ConfigError(f"data.bpe_dropout={dropout} without a seed: give one, so that the run can be repeated.")

@@ -181,6 +181,14 @@ def test_a_mistyped_name_lists_the_nearest_and_all() -> None:
     assert "Did you mean t2i-3.9b?" in text and "imagenet-480m" in text
 
 
+@pytest.mark.parametrize("vocabulary", [1, 10])
+def test_a_model_without_captions_has_none_to_drop(minimal: str, vocabulary: int) -> None:
+    uncaptioned = ["model.cond_length=1", f"model.cond_vocab_size={vocabulary}"]
+    assert load_config(minimal, [*uncaptioned, "data.caption_dropout=0"])
+    with pytest.raises(ConfigError, match=r"data\.caption_dropout=0\.1, but the model has no captions"):
+        load_config(minimal, [*uncaptioned, "data.caption_dropout=0.1"])
+
+
 def test_validation_runs_after_the_merge(minimal: str) -> None:
     assert "model.body.heads=7 does not divide" in message(minimal, "model.body.heads=7")
 

@@ -215,6 +215,32 @@ def test_dropout_seeds_differ_between_samples_and_epochs(make_codes: MakeCodes) 
     assert len(set(seeds.tolist())) == 80
 
 
+def empty_captions(batches: list[CodeBatch]) -> set[tuple[int, int]]:
+    """(sample, epoch) of the captions that were read as empty; sample 0, whose caption counts as 0, left out."""
+    empty = {(id, epoch) for batch in batches for id, epoch, *_, number, _, _, _ in rows(batch) if number == 0}
+    return {(id, epoch) for id, epoch in empty if id != 0}
+
+
+def test_caption_dropout_empties_its_share_of_the_captions_and_others_in_every_epoch(make_codes: MakeCodes) -> None:
+    codes = make_codes([[1000, 1000]])
+    empty = empty_captions(take(codes, 2, global_batch_size=2000, caption_dropout=0.25))
+    first, second = ({id for id, of in empty if of == epoch} for epoch in (0, 1))
+    assert 440 < len(first) < 560 and 440 < len(second) < 560  # 500, with a deviation of 19
+    assert 80 < len(first & second) < 170  # 125, with a deviation of 11
+    assert not empty_captions(take(codes, 2, global_batch_size=2000))
+
+
+@pytest.mark.usefixtures("forkless")
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 4), (2, 0), (3, 2)])
+def test_caption_dropout_is_the_same_on_any_ranks_and_workers(mixture: Mixture, world_size: int, workers: int) -> None:
+    options = {"global_batch_size": 120, "caption_dropout": 0.25}
+    whole = empty_captions(take(mixture, 13, **options))
+    shares = [
+        take(mixture, 13, rank=rank, world_size=world_size, workers=workers, **options) for rank in range(world_size)
+    ]
+    assert whole and whole == set().union(*map(empty_captions, shares))
+
+
 def test_another_seed_gives_another_order(codes: CodeShards) -> None:
     assert not torch.equal(take(codes, 1)[0].sample_ids, take(codes, 1, seed=6)[0].sample_ids)
 

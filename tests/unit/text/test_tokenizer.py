@@ -218,6 +218,13 @@ def test_models_without_merges_refuse_dropout() -> None:
         TextTokenizer(content, ".json", "words.json").encode("seven", 4, dropout=0.1, seed=0)
 
 
+@pytest.mark.parametrize("kind", ["char", "bytes", "prefix", "sentencepiece"])
+def test_an_empty_caption_has_nothing_to_drop(kind: str, contents: Contents) -> None:
+    tokenizer = TextTokenizer(*contents[kind], kind)
+    whole = tokenizer.encode("", 6)
+    assert all(tokenizer.encode("", 6, dropout=1.0, seed=seed) == whole for seed in range(20))
+
+
 def test_dropout_without_seed_is_refused(char: TextTokenizer) -> None:
     with pytest.raises(ConfigError, match=r"bpe_dropout=0\.1 without a seed"):
         char.encode("seven", 4, dropout=0.1)
