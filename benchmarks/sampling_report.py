@@ -102,8 +102,8 @@ def draw_figure(results: Sequence[dict[str, Any]]) -> "Figure":
             axes.bar(x, seconds["decoding"], width, seconds["codes"], color=color, alpha=0.5)
             axes.text(x, seconds["both"], f"{seconds['both']:.3g}", ha="center", va="bottom")
     axes.set(xticks=range(len(sizes)), xticklabels=sizes, xlabel="batch size", ylabel="seconds per image")
-    axes.margins(y=0.15)
-    axes.legend()
+    axes.set_xlim(-0.5, len(sizes) - 0.5)
+    figure.legend(loc="outside upper center", ncols=len(results))
     return figure
 
 
