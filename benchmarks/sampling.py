@@ -33,11 +33,13 @@ from megarq.config.models import RQTransformerConfig, RQVAEConfig, StackConfig
 from megarq.errors import ConfigError
 from megarq.files import make_room, write_atomically
 from megarq.inference.export import DTYPES
+from megarq.inference.frozen import fastest_form, freezable
 from megarq.inference.generator import ImageGenerator
 from megarq.inference.model_folder import ModelInfo
 from megarq.inference.options import per_depth
 from megarq.inference.pretrained import Pretrained, find_device
-from megarq.inference.sampling import Draws, Guidance, check_guidance, depth_settings
+from megarq.inference.sampling import Draws, Guidance
+from megarq.inference.settings import check_guidance, depth_settings
 from megarq.launch.machine import describe_machine
 from megarq.planning.counts import transformer_parameters
 from megarq.planning.sampling import codes_work, decoding_work
@@ -188,12 +190,15 @@ class EmptyCaptions:
 def build_models(
     config: RQTransformerConfig, rqvae_config: RQVAEConfig, device: torch.device, dtype: torch.dtype
 ) -> Pretrained:
-    """Both networks with random weights."""
+    """Both networks with random weights, in the form that an exported model is loaded in."""
     torch.manual_seed(0)
     rqvae = RQVAE(rqvae_config).to(device).eval()
     with device:
         transformer = RQTransformer(config, shared_codebook=rqvae_config.shared_codebook).to(dtype).eval()
     transformer.initialize(0)
+    if (form := fastest_form(device, dtype)) is not None:
+        for layer in freezable(transformer).values():
+            layer.freeze(form, layer.weight.detach())
     transformer.load_codebook(rqvae.codebook_weights())
     return Pretrained(transformer, rqvae, EmptyCaptions(), ModelInfo(rqvae_config, "random", config))  # type: ignore[arg-type]
 
@@ -270,7 +275,7 @@ def measure_batch(models: Pretrained, batch: int, speeds: dict[str, Speed], args
     counted["both"] = list(map(sum, zip(*counted.values(), strict=True)))
     number = models.transformer.body_input.positions.element_size()
     work = {
-        "codes": codes_work(config, batch, number, guided=args.guidance != 1),
+        "codes": codes_work(config, batch, len(cond.unique(dim=0)), number, guided=args.guidance != 1),
         "decoding": decoding_work(models.rqvae.config, batch),
     }
     rates = speeds["bandwidth_gb_s"].value * 1e9, speeds["peak_tflops"].value * 1e12

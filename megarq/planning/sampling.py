@@ -1,12 +1,12 @@
 """What drawing a batch of pictures must read and compute, and the least time that takes.
 
-    body       reads the condition's L tokens in one step, then T - 1 stacks in a step each
+    body       reads the conditions' L tokens in one step, then T - 1 stacks in a step each
     head       draws each of the T * D codes in a step, whose last part is the classifier
     decoder    of the RQ-VAE, once for the batch
 
 A step reads its weights once, whatever the batch, and for each picture the keys and values of the tokens that there
-are, its own included. Left out is what is small beside these: activations, logits, what is written, and the rows of
-embeddings and codebooks. With guidance each picture is two rows of a batch.
+are, its own included; equal conditions pass once. Left out is what is small beside these: activations, logits, what is
+written, and the rows of embeddings and codebooks. With guidance each picture is two rows of a batch.
 
 Legend: T positions, D depth, L condition length, E width, K codebook size, C codebook dim.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from megarq.config.models import RQTransformerConfig, RQVAEConfig
 from megarq.planning.counts import block_parameters, rqvae_parameters
-from megarq.planning.flops import block_flops, rqvae_flops, transformer_flops, transformer_tokens
+from megarq.planning.flops import block_flops, rqvae_flops, transformer_flops
 
 FP32 = 4
 """Bytes of a number in the RQ-VAE, which is always fp32."""
@@ -37,13 +37,21 @@ class Work:
         return (self.weights + self.caches) / bandwidth + self.flops / peak
 
 
-def codes_work(config: RQTransformerConfig, batch: int, bytes_each: int, guided: bool = False) -> Work:
-    """Drawing the codes of a batch with caches of keys and values; `bytes_each` is a number's size."""
-    rows = 2 * batch if guided else batch
+def codes_work(config: RQTransformerConfig, batch: int, conditions: int, bytes_each: int, guided: bool = False) -> Work:
+    """Drawing the codes of a batch with caches of keys and values.
+
+    Args:
+        config: the RQ-Transformer's.
+        batch: pictures.
+        conditions: how many different ones they have.
+        bytes_each: size of a number.
+        guided: whether each picture is drawn below its condition and below the null condition, which is one more.
+    """
+    rows, conditions = (2 * batch, conditions + 1) if guided else (batch, conditions)
     return Work(
         bytes_each * _weights_read(config),
         rows * bytes_each * _cached_numbers(config),
-        rows * codes_flops(config),
+        conditions * condition_flops(config) + rows * stacks_flops(config),
     )
 
 
@@ -53,12 +61,16 @@ def decoding_work(config: RQVAEConfig, batch: int) -> Work:
     return Work(weights, 0, batch * rqvae_flops(config)["decoder"])
 
 
-def codes_flops(config: RQTransformerConfig) -> int:
-    """Drawing the codes of one picture: `transformer_flops` with fewer pairs, and no captions' classifier."""
+def condition_flops(config: RQTransformerConfig) -> int:
+    """Reading one condition."""
+    return config.body.layers * block_flops(config.embed_dim, config.cond_length)
+
+
+def stacks_flops(config: RQTransformerConfig) -> int:
+    """Drawing all stacks of one picture, and reading all but the last."""
     parts = transformer_flops(config)
-    width, tokens = config.embed_dim, transformer_tokens(config)["body"]
-    body = block_flops(width, tokens, config.cond_length**2 + _pairs_of_stacks(config))
-    head = config.positions * block_flops(width, config.depth, _pairs_of_depths(config))
+    body = block_flops(config.embed_dim, config.positions - 1, _pairs_of_stacks(config))
+    head = config.positions * block_flops(config.embed_dim, config.depth, _pairs_of_depths(config))
     projected = sum(parts.get(part, 0) for part in ("input_mlp", "head_mlp", "code classifier"))
     return config.body.layers * body + config.head.layers * head + projected
 
@@ -81,7 +93,7 @@ def _weights_read(config: RQTransformerConfig) -> int:
 
 def _cached_numbers(config: RQTransformerConfig) -> int:
     """Keys and values that one picture's steps read."""
-    body = config.body.layers * (config.cond_length + _pairs_of_stacks(config))
+    body = config.body.layers * _pairs_of_stacks(config)
     head = config.head.layers * config.positions * _pairs_of_depths(config)
     return 2 * config.embed_dim * (body + head)
 

@@ -15,7 +15,8 @@ from scripts import load_script
 from megarq.config.load import load_config
 from megarq.errors import ConfigError
 from megarq.inference.generator import ImageGenerator
-from megarq.inference.sampling import Draws, Guidance, depth_settings, sample_codes
+from megarq.inference.sampling import Draws, Guidance, sample_codes
+from megarq.inference.settings import depth_settings
 from megarq.planning.sampling import codes_work, decoding_work
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
@@ -122,6 +123,13 @@ def test_sizes_take_any_condition(sampling, cond, length):
     assert (model.condition, model.cond_length) == (cond, length)
 
 
+def test_weights_are_in_the_form_that_a_model_is_loaded_in(sampling, export, build, tmp_path):
+    loaded = ImageGenerator.from_pretrained(export(build(), tmp_path / "model")).transformer
+    cpu = torch.device("cpu")
+    built = sampling.build_models(loaded.config, build().rqvae.config, cpu, torch.float32).transformer
+    assert dict(built.named_parameters()).keys() == dict(loaded.named_parameters()).keys()
+
+
 def test_speeds_and_shares_are_of_the_seconds_and_the_limit(result):
     model, rqvae = load_config("demo").model, load_config("rqvae-demo").model
     assert [row["batch_size"] for row in result["batches"]] == [1, 3]
@@ -131,7 +139,7 @@ def test_speeds_and_shares_are_of_the_seconds_and_the_limit(result):
         assert per_image["codes"] == pytest.approx(sum(seconds["codes"]) / 2 / batch)  # the median of two
         assert row["images_per_second"] == pytest.approx(1 / per_image["both"])
         limit = row["limit_seconds_per_image"]
-        assert limit["codes"] == pytest.approx(codes_work(model, batch, 4).seconds(20e9, 0.5e12) / batch)
+        assert limit["codes"] == pytest.approx(codes_work(model, batch, batch, 4).seconds(20e9, 0.5e12) / batch)
         assert limit["decoding"] == pytest.approx(decoding_work(rqvae, batch).seconds(20e9, 0.5e12) / batch)
         assert limit["both"] == pytest.approx(limit["codes"] + limit["decoding"])
         assert row["share_of_limit"]["both"] == pytest.approx(limit["both"] / per_image["both"])

@@ -7,9 +7,9 @@ from tiny_models import build_models
 from torch.utils.flop_counter import FlopCounterMode
 
 from megarq.config.models import RQTransformerConfig, StackConfig
-from megarq.inference.sampling import sample_codes
+from megarq.inference.sampling import Guidance, sample_codes
 from megarq.planning.counts import transformer_parameters
-from megarq.planning.sampling import Work, codes_flops, codes_work, decoding_work
+from megarq.planning.sampling import Work, codes_work, decoding_work
 
 TINY = RQTransformerConfig(
     code_shape=[1, 2, 2],
@@ -24,32 +24,34 @@ TINY = RQTransformerConfig(
 """A block has 12 * 16 + 13 * 4 = 244 parameters, a projection 2 * 4 + 4 = 12, the classifier 8 + 32 + 8 = 48."""
 WEIGHTS = 2 * 244 + 1 * 12 + 4 * (244 + 48) + 2 * 12
 """Body: condition and one stack. Head: four codes, of which two follow another at their position."""
-KEYS = (1 + 2) + 2 * (1 + 2)
-"""Tokens seen in the body, and at each of two positions in the head."""
+KEYS = 2 + 2 * (1 + 2)
+"""Tokens seen by the stack in the body, and at each of two positions in the head."""
 MATRICES, PAIR, PROJECTION, CLASSIFIER = 24 * 16, 4 * 4, 2 * 2 * 4, 2 * 4 * 8
-FLOPS = 6 * MATRICES + KEYS * PAIR + (2 + 2) * PROJECTION + 4 * CLASSIFIER
-"""Six tokens; the body reads two codes, the head two."""
+CONDITION = MATRICES + PAIR
+FLOPS = 5 * MATRICES + KEYS * PAIR + (2 + 2) * PROJECTION + 4 * CLASSIFIER
+"""Five tokens; the body reads two codes, the head two."""
 
 
 def test_work_on_codes_is_that_counted_by_hand() -> None:
-    assert codes_work(TINY, batch=3, bytes_each=2) == Work(2 * WEIGHTS, 3 * 2 * KEYS * 2 * 4, 3 * FLOPS)
+    work = codes_work(TINY, batch=3, conditions=2, bytes_each=2)
+    assert work == Work(2 * WEIGHTS, 3 * 2 * KEYS * 2 * 4, 2 * CONDITION + 3 * FLOPS)
 
 
-def test_guidance_doubles_all_but_the_weights() -> None:
-    plain, guided = codes_work(TINY, 3, 2), codes_work(TINY, 3, 2, guided=True)
-    assert guided == Work(plain.weights, 2 * plain.caches, 2 * plain.flops)
+def test_guidance_doubles_the_pictures_and_adds_a_condition() -> None:
+    work = codes_work(TINY, 3, 2, bytes_each=2, guided=True)
+    assert work == Work(2 * WEIGHTS, 6 * 2 * KEYS * 2 * 4, 3 * CONDITION + 6 * FLOPS)
 
 
 def test_a_picture_of_one_code_reads_every_parameter_once_but_embeddings_and_projections() -> None:
     config = replace(TINY, code_shape=[1, 1, 1])
     parts = transformer_parameters(config).trainable
     read = parts["body"] + parts["head"] + parts["code classifier"]
-    assert codes_work(config, 1, 4).weights == 4 * read
+    assert codes_work(config, 1, 1, 4).weights == 4 * read
 
 
 def test_learned_embeddings_are_not_projected() -> None:
-    learned = codes_work(replace(TINY, body_input="learned", head_input="learned"), 1, 1)
-    assert learned.weights == WEIGHTS - 3 * 12 and learned.flops == FLOPS - 4 * PROJECTION
+    learned = codes_work(replace(TINY, body_input="learned", head_input="learned"), 1, 1, 1)
+    assert learned.weights == WEIGHTS - 3 * 12 and learned.flops == CONDITION + FLOPS - 4 * PROJECTION
 
 
 @pytest.mark.parametrize(
@@ -65,10 +67,19 @@ def test_learned_embeddings_are_not_projected() -> None:
 )
 def test_flops_of_codes_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
     model = build_models(**changes).transformer
-    cond = torch.zeros(3, model.config.cond_length, dtype=torch.int64)
+    cond = torch.tensor([1, 2, 1]).unsqueeze(1).expand(-1, model.config.cond_length)
     with FlopCounterMode(display=False) as counter:
         sample_codes(model, cond)
-    assert 3 * codes_flops(model.config) == counter.get_total_flops()
+    assert codes_work(model.config, 3, 2, 4).flops == counter.get_total_flops()
+
+
+def test_flops_of_guided_codes_are_those_that_torch_counts() -> None:
+    model = build_models().transformer
+    length = model.config.cond_length
+    guidance = Guidance(3.0, torch.zeros(length, dtype=torch.int64))
+    with FlopCounterMode(display=False) as counter:
+        sample_codes(model, torch.tensor([[1], [2], [1]]).expand(-1, length), guidance=guidance)
+    assert codes_work(model.config, 3, 2, 4, guided=True).flops == counter.get_total_flops()
 
 
 def test_decoding_reads_the_decoder_once_and_computes_each_picture() -> None:
