@@ -44,12 +44,15 @@ class ImageGenerator:
         self.transformer = model.transformer
         """Called with codes [B, H, W, D] and cond [B, L]: logits [B, H, W, D, K], and [B, L-1, V] or None."""
         self.rqvae = model.rqvae.requires_grad_(False)
-        """encode, quantize, soft_codes, decode; frozen, and always fp32."""
+        """encode, quantize, soft_codes, decode; frozen, and fp32 but for the decoder of a model loaded in bf16."""
         self.tokenizer = model.tokenizer
         """None for a model without captions, or imported without tokenizer."""
         self.info = model.info
         """What the folder's config.json says."""
         self.batch_size = batch_size
+        if self.transformer.body_input.positions.dtype == torch.bfloat16:  # fp16 has not the range
+            for part in (self.rqvae.post_quant_conv, self.rqvae.decoder):
+                part.to(torch.bfloat16).to(memory_format=torch.channels_last)
         self._sampler = CodeSampler(self.transformer)
 
     @classmethod
@@ -67,7 +70,7 @@ class ImageGenerator:
         Args:
             folder: the --output of tools/export.py or tools/import_pretrained.py.
             device: where it runs.
-            dtype: of the RQ-Transformer.
+            dtype: of the RQ-Transformer, and where it is bf16, of the RQ-VAE's decoder.
             batch_size: pictures drawn at once, at most.
             int8: hold the RQ-Transformer's linear layers in 8 bits, in half the memory of bf16; pictures differ then.
             tp: ranks that share the RQ-Transformer, each of which makes the same calls and gets the same pictures.
@@ -234,7 +237,7 @@ class ImageGenerator:
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
     """Images [B, 3, R, R] (or [B, 1, R, R]) in [-1, 1], clamped, as 8-bit pictures."""
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8).permute(0, 2, 3, 1)
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
     return [Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array) for array in pixels.numpy()]
 
 

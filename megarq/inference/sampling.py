@@ -195,7 +195,8 @@ class Sampler:
     def _windowed_step(self, length: int) -> None:
         """The body's step at the place that the device knows."""
         place = self._place + self.transformer.config.cond_length
-        window = Window(place, torch.arange(length, device=place.device) <= place)
+        absent = torch.arange(length, device=place.device) > place
+        window = Window(place, self._context.new_zeros(length).masked_fill_(absent, float("-inf")))
         for cache in self._body_caches:
             cache.window = window
         stack = self._with_null(self._codes.index_select(1, self._place)[:, 0])
