@@ -16,7 +16,7 @@ from megarq import cli
 from megarq.data.picture_set import Item
 from megarq.errors import ConfigError
 from megarq.files import write_atomically
-from megarq.inference.drawing import Rank
+from megarq.inference.drawing import Rank, chosen_sampling
 from megarq.inference.export import DTYPES
 from megarq.inference.generator import ImageGenerator
 from megarq.inference.options import add_sampling_options
@@ -123,12 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     rank = None if options.keep_best is None else find_ranker(options, generator)
     asked = options.prompts or options.classes or [None]
-    settings = {
-        "temperature": generator.sampling.temperature if options.temperature is None else options.temperature,
-        "top_k": generator.sampling.top_k if options.top_k is None else options.top_k,
-        "top_p": generator.sampling.top_p if options.top_p is None else options.top_p,
-        "seed": options.seed,
-    }
+    settings = chosen_sampling(generator.info, vars(options)) | {"seed": options.seed}
     with tqdm(total=len(asked) * options.count * generator.positions, unit="stack", desc="sampling", delay=0.2) as bar:
         pictures = generator.generate(options.prompts, options.classes, options.count, **settings, progress=bar.update)
     shown, scores = options.count, None

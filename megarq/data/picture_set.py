@@ -2,7 +2,7 @@
 
     SET/pictures.json     {"format": "megarq-pictures", "version": 1, "count": 30000, "pictures_per_tar": 512,
                            "condition": "text", "seed": 0,
-                           "sampling": {"top_k": 1024, "top_p": 0.95, "temperature": 1.0},
+                           "sampling": {"top_k": 1024, "top_p": 0.95, "temperature": 1.0, "guidance": 1.0},
                            "batch_size": 64, "dtype": "fp32", "threads": 0,
                            "model": {"fingerprint": sha256, "name": "t2i", "weights": "ema", "step": 200000},
                            "items": sha256, "keep_fraction": 1.0, "ranker": null, "resolution": 256,
@@ -62,7 +62,7 @@ class PictureSettings:
     seed: int
     """With a picture's index, all that is random about it."""
     sampling: dict[str, Any]
-    """top_k, top_p and temperature: one value, or one for each depth."""
+    """top_k, top_p and temperature: one value, or one for each depth; guidance, which older sets do not tell: 1."""
     batch_size: int
     """Pictures drawn together; batches do not cross tars."""
     dtype: str
@@ -106,7 +106,9 @@ class PictureSettings:
                 f"version {VERSION}. Make the set again."
             )
         try:
-            return cls(**{name: content[name] for name in cls.__dataclass_fields__}), bool(content["complete"])
+            fields = {name: content[name] for name in cls.__dataclass_fields__}
+            fields["sampling"] = {"guidance": 1.0} | fields["sampling"]
+            return cls(**fields), bool(content["complete"])
         except KeyError as error:
             raise DataError(f"{path} lacks the field {error}. Copy the set again, or make it anew.") from error
 

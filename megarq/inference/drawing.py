@@ -15,9 +15,9 @@ import heapq
 import math
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
@@ -31,7 +31,7 @@ from megarq.data.picture_set import Item, PictureSet, PictureSettings, Sample, i
 from megarq.errors import ConfigError, DataError
 from megarq.inference.generator import ImageGenerator
 from megarq.inference.model_folder import ModelInfo, model_fingerprint
-from megarq.inference.sampling import check_seed, depth_settings
+from megarq.inference.sampling import check_guidance, check_seed, depth_settings
 
 Rank = Callable[[Sequence[Image.Image], Sequence[Item]], Sequence[float]]
 """From pictures and what each is to show to scores; the higher, the better."""
@@ -55,7 +55,7 @@ def drawing_settings(
 ) -> PictureSettings:
     """What the pictures of these items will be; the ranker, which costs more to make, is still to be told.
 
-    model: the exported folder that `info` is of; sampling: top_k, top_p, temperature, None for the folder's own.
+    model: the exported folder that `info` is of; sampling: as `chosen_sampling` takes it.
     Raises: ConfigError for a setting out of range, or a keep fraction without anything to rank by.
     """
     assert info.transformer is not None
@@ -68,17 +68,12 @@ def drawing_settings(
         raise ConfigError(
             f"--keep-fraction {keep_fraction}: nothing ranks pictures of a model without condition. Leave it out."
         )
-    chosen = {
-        name: getattr(info.sampling, name) if sampling.get(name) is None else sampling[name]
-        for name in ("top_k", "top_p", "temperature")
-    }
-    depth_settings(info.transformer.sizes, **chosen)
     return PictureSettings(
         count=len(items),
         pictures_per_tar=pictures_per_tar,
         condition=info.transformer.condition,
         seed=check_seed(seed),
-        sampling=chosen,
+        sampling=chosen_sampling(info, sampling),
         batch_size=batch_size,
         dtype=dtype,
         threads=threads,
@@ -93,6 +88,18 @@ def drawing_settings(
         ranker=None,
         resolution=info.rqvae.resolution,
     )
+
+
+def chosen_sampling(info: ModelInfo, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """top_k, top_p, temperature and guidance: those asked for, and the model's own in place of None.
+
+    Raises: ConfigError for one out of range, or guidance of a model without captions.
+    """
+    assert info.transformer is not None
+    chosen = {name: own if asked.get(name) is None else asked[name] for name, own in asdict(info.sampling).items()}
+    depth_settings(info.transformer.sizes, chosen["top_k"], chosen["top_p"], chosen["temperature"])
+    chosen["guidance"] = check_guidance(chosen["guidance"], info.transformer.condition)
+    return chosen
 
 
 def lay_out(items: Sequence[Item], settings: PictureSettings) -> list[range]:

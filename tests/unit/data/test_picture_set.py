@@ -23,7 +23,7 @@ SETTINGS = PictureSettings(
     pictures_per_tar=2,
     condition="text",
     seed=0,
-    sampling={"top_k": None, "top_p": [0.9, 0.8], "temperature": 1.0},
+    sampling={"top_k": None, "top_p": [0.9, 0.8], "temperature": 1.0, "guidance": 1.0},
     batch_size=2,
     dtype="fp32",
     threads=1,
@@ -142,6 +142,7 @@ def test_a_set_whose_tar_was_removed_is_no_longer_complete(begun: Callable[..., 
         ({"seed": 1}, "seed=0, this command has seed=1"),
         ({"sampling": SETTINGS.sampling | {"top_k": 5}}, "sampling.top_k=None, this command has sampling.top_k=5"),
         ({"sampling": SETTINGS.sampling | {"top_p": 1.0}}, r"sampling.top_p=\[0.9, 0.8\], .*sampling.top_p=1.0"),
+        ({"sampling": SETTINGS.sampling | {"guidance": 2.0}}, "sampling.guidance=1.0, .*sampling.guidance=2.0"),
         ({"model": SETTINGS.model | {"fingerprint": "e"}}, "model.fingerprint=f+, this command has .*=e\\."),
         ({"threads": 2}, "threads=1, .*threads=2"),
         (
@@ -179,6 +180,17 @@ def test_a_model_may_be_moved_and_renamed(begun: Callable[..., PictureSet]) -> N
 def test_settings_are_the_same_after_json(begun: Callable[..., PictureSet]) -> None:
     begun(sampling=SETTINGS.sampling | {"top_p": (0.9, 0.8)})
     begun()
+
+
+def test_a_set_of_before_there_was_guidance_goes_on(begun: Callable[..., PictureSet], tmp_path: Path) -> None:
+    begun()
+    path = tmp_path / "set" / "pictures.json"
+    content = json.loads(path.read_bytes())
+    del content["sampling"]["guidance"]
+    path.write_text(json.dumps(content))
+    assert PictureSettings.load(tmp_path / "set") == (SETTINGS, False)
+    fill(begun())
+    assert begun().finish()
 
 
 def test_a_folder_of_other_tars_is_refused(begun: Callable[..., PictureSet], tmp_path: Path) -> None:

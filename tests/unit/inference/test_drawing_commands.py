@@ -86,7 +86,7 @@ def test_coco_draws_captions_of_different_images_as_the_authors_sample(
     found = run("coco", "text", "--captions", captions, "--count", 6)
     assert {record["id"] for record in found} == set(range(6))
     settings, _ = PictureSettings.load(tmp_path / "set")
-    assert settings.sampling == {"top_k": 1024, "top_p": 0.95, "temperature": 1.0}
+    assert settings.sampling == {"top_k": 1024, "top_p": 0.95, "temperature": 1.0, "guidance": 1.0}
 
 
 def test_coco_takes_a_list_as_it_is(run: Callable[..., Any], captions: Path, tmp_path: Path) -> None:
@@ -175,6 +175,13 @@ def test_what_cannot_be_drawn_is_refused(
     with pytest.raises(ConfigError, match=message):
         run(script, kind, *options, ranker=None)  # whose weights are nowhere
     assert not (tmp_path / "set").exists()
+
+
+def test_every_sampling_option_is_recorded(run: Callable[..., Any], captions: Path, tmp_path: Path) -> None:
+    asked = ("--top-k", "5,4,3", "--top-p", 0.9, "--temperature", 1.5, "--guidance", 3)
+    run("coco", "text", "--items", captions, *asked)
+    found = PictureSettings.load(tmp_path / "set")[0].sampling
+    assert found == {"top_k": [5, 4, 3], "top_p": 0.9, "temperature": 1.5, "guidance": 3.0}
 
 
 def test_fewer_captions_than_30000_are_an_error(run: Callable[..., Any], captions: Path) -> None:
