@@ -203,7 +203,8 @@ def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
 def test_many_long_captions_are_told_in_one_line(
     run: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "list.json").write_text(json.dumps(["a small red seven two"] * 6 + ["two"]))
+    captions = [f"a small red seven {word}" for word in ("two", "red", "blue", "a", "seven", "small")]
+    (tmp_path / "list.json").write_text(json.dumps([*captions, "two", *captions]))
     with caplog.at_level(logging.WARNING):
         run("coco", "text", "--items", tmp_path / "list.json")
     assert caplog.text.count("has 5 tokens; the model reads the first 4") == 3

@@ -19,6 +19,12 @@ def tool():
     return load_script("tools/sample.py")
 
 
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    """Draw where the generators drew that the pictures are compared with."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture(scope="module")
 def folder(build, export, tmp_path_factory):
     return str(export(build(), tmp_path_factory.mktemp("tool") / "model"))
