@@ -24,7 +24,7 @@ from megarq.errors import CheckpointError, ConfigError
 from megarq.inference.model_card import model_card
 from megarq.inference.model_folder import ModelInfo, new_folder, write_info
 from megarq.inference.pretrained import check_fit, check_tokenizer, write_rqvae, write_transformer
-from megarq.inference.sampling import check_guidance, depth_settings
+from megarq.inference.settings import check_guidance, depth_settings
 from megarq.rqvae.authors import config_from_authors as rqvae_config_from_authors
 from megarq.rqvae.authors import state_from_authors as rqvae_state_from_authors
 from megarq.rqvae.model import RQVAE, fingerprint

@@ -32,7 +32,7 @@ from megarq.data.picture_set import Item, PictureSet, PictureSettings, Sample, i
 from megarq.errors import ConfigError, DataError
 from megarq.inference.generator import ImageGenerator
 from megarq.inference.model_folder import ModelInfo, model_fingerprint
-from megarq.inference.sampling import check_guidance, check_seed, depth_settings
+from megarq.inference.settings import check_guidance, check_seed, depth_settings
 
 Rank = Callable[[Sequence[Image.Image], Sequence[Item]], Sequence[float]]
 """From pictures and what each is to show to scores; the higher, the better."""

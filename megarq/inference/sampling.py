@@ -14,16 +14,15 @@ Shapes: B batch, T = H x W positions, D depth, L condition length, E width, K co
 """
 
 import functools
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from megarq.errors import ConfigError
+from megarq.inference.settings import Counts, DepthSettings, Shares, check_seed, depth_settings
 from megarq.parallel.collectives import gather_from
 from megarq.parallel.initialization import named_generator
 from megarq.transformer.blocks import Window
@@ -35,132 +34,6 @@ Choose = Callable[[Tensor, Position, int], Tensor]
 """From logits [B, K_d], position and depth to codes [B]."""
 Progress = Callable[[int], object]
 """Told, after each position, how many stacks were drawn: the batch size."""
-Counts = int | Sequence[int | None] | None
-Shares = float | Sequence[float]
-
-_COOLEST = 1e-6
-
-
-@dataclass(frozen=True)
-class DepthSettings:
-    """How the codes of one depth are drawn."""
-
-    top_k: int
-    """Draw among the k likeliest codes; 1 is the likeliest, always."""
-    top_p: float
-    """Of those, draw among the likeliest whose probabilities, in falling order, first reach this sum."""
-    temperature: float
-    """Divides the logits, before the rest."""
-
-    def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """Codes [B] for fp32 logits [B, K] and fp64 numbers [B] in [0, 1), by inverting the cumulated distribution."""
-        if self.top_k == 1:
-            return logits.argmax(-1)
-        scaled = (logits - logits.amax(-1, keepdim=True)) / self.temperature
-        order = None
-        if self.top_k < logits.shape[-1] or self.top_p < 1:
-            scaled, order = scaled.topk(self.top_k, dim=-1)  # falling
-        cumulated = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)
-        total = cumulated[..., -1:]
-        if self.top_p < 1:
-            last = (cumulated < self.top_p).sum(-1, keepdim=True).clamp(max=cumulated.shape[-1] - 1)
-            total = cumulated.gather(-1, last)
-        # Strictly below the total, rounding included, so that no code beyond it and none of probability 0 is drawn.
-        target = torch.minimum(uniform.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
-        index = torch.searchsorted(cumulated, target, right=True).clamp(max=cumulated.shape[-1] - 1)
-        return (index if order is None else order.gather(-1, index)).squeeze(-1)
-
-
-def depth_settings(
-    sizes: Sequence[int], top_k: Counts = None, top_p: Shares = 1.0, temperature: Shares = 1.0
-) -> list[DepthSettings]:
-    """The settings of each depth, from one value for all depths or one for each.
-
-    Args:
-        sizes: codebook size of each depth.
-        top_k: 1 or more, capped at the codebook size; None for all codes.
-        top_p: above 0, at most 1.
-        temperature: above 0.
-
-    Raises:
-        ConfigError: a value out of range, or another number of values than depths.
-    """
-    counts = _each("top_k", top_k, len(sizes))
-    shares = _each("top_p", top_p, len(sizes))
-    temperatures = _each("temperature", temperature, len(sizes))
-    return [
-        DepthSettings(_top_k(count, size), _top_p(share), _temperature(value))
-        for size, count, share, value in zip(sizes, counts, shares, temperatures, strict=True)
-    ]
-
-
-def _each(name: str, value: Any, depth: int) -> list[Any]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return [value] * depth
-    if len(value) == 1:
-        return list(value) * depth
-    if len(value) != depth:
-        raise ConfigError(f"{name}={list(value)}: {len(value)} values for {depth} depths. Give one value, or {depth}.")
-    return list(value)
-
-
-def _top_k(value: Any, size: int) -> int:
-    if value is None:
-        return size
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = 0
-    if count < 1 or isinstance(value, bool):
-        raise ConfigError(f"top_k={value!r}: give a whole number from 1 (the likeliest code) to {size} (all codes).")
-    return min(count, size)
-
-
-def _top_p(value: Any) -> float:
-    number = _number(value)
-    if not 0 < number <= 1:
-        raise ConfigError(f"top_p={value!r}: give a share of the probability above 0 and at most 1 (all codes).")
-    return number
-
-
-def _temperature(value: Any) -> float:
-    number = _number(value)
-    if not _COOLEST <= number < float("inf"):
-        raise ConfigError(
-            f"temperature={value!r}: give a number of at least {_COOLEST:g}; 1 leaves the model's probabilities as "
-            "they are, and top_k=1 always takes the likeliest code."
-        )
-    return number
-
-
-def _number(value: Any) -> float:
-    try:
-        return float("nan") if isinstance(value, str | bool) else float(value)
-    except (TypeError, ValueError):
-        return float("nan")
-
-
-def check_guidance(value: Any, condition: str) -> float:
-    """The scale as a float. Raises ConfigError where it is out of range, or the condition has no null."""
-    scale = _number(value)
-    if not 0 <= scale < float("inf"):
-        raise ConfigError(f"guidance={value!r}: give a number of 0 or more; 1 is none, and 2 to 8 stress the caption.")
-    if scale != 1 and condition != "text":
-        raise ConfigError(
-            f"guidance={value!r}: the model's condition is {condition}, and only captions have a null condition, the "
-            "empty caption. Use guidance 1."
-        )
-    return scale
-
-
-def check_seed(seed: Any) -> int:
-    """The seed as an int. Raises ConfigError for anything that is not a whole number."""
-    try:
-        if not isinstance(seed, bool):
-            return operator.index(seed)
-    except TypeError:
-        pass
-    raise ConfigError(f"seed={seed!r}: give a whole number, such as 0.")
 
 
 class Guidance(NamedTuple):
@@ -232,15 +105,19 @@ class Sampler:
         return self._codes.unflatten(1, config.code_shape[:2]).clone()
 
     def _start(self, cond: Tensor) -> None:
-        """Read the condition [B, L], and the null condition for every picture that is guided."""
+        """Read the conditions [B, L], each once however many pictures it has, and where guided the null condition."""
         self._place.zero_()
-        self._finite.fill_(True)
-        for cache in self._body_caches:
-            cache.reset()
-            cache.window = None
         if self._guidance is not None:
             cond = torch.cat([cond, self._guidance.null.to(cond).expand_as(cond)])
-        self._read(self.transformer.body_input.embed_condition(cond))
+        cond, rows = cond.unique(dim=0, return_inverse=True)
+        hidden = self.transformer.body_input.embed_condition(cond)
+        for block, cache in zip(self.transformer.body.values(), self._body_caches, strict=True):
+            of_conditions = cache.like(len(cond), cond.shape[1])
+            hidden = block(hidden, of_conditions)
+            cache.reset()
+            cache.append(of_conditions.keys[rows], of_conditions.values[rows])
+        self._context.copy_(hidden[rows, -1])
+        self._finite.copy_(self._context.isfinite().all())
 
     def _run_body(self, position: int) -> None:
         """Read the stack drawn at `position`: the context becomes the next position's."""

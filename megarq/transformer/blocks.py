@@ -57,6 +57,12 @@ class KeyValueCache:
     def reset(self) -> None:
         """Forget all tokens, keep the buffers."""
         self.length = 0
+        self.window = None
+
+    def like(self, batch: int, tokens: int) -> "KeyValueCache":
+        """An empty cache of the same layer for so many sequences and tokens."""
+        _, heads, _, width = self.keys.shape
+        return KeyValueCache((batch, heads, tokens, width), self.keys.device, self.keys.dtype)
 
 
 class SelfAttention(nn.Module):
