@@ -22,8 +22,8 @@ def per_depth(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 def add_sampling_options(
     arguments: argparse.ArgumentParser, top_k: int | None = None, top_p: float | None = None
 ) -> None:
-    """--top-k, --top-p, --temperature, --seed, --dtype and --batch-size; `top_k` and `top_p` are the defaults, None for
-    the model's own."""
+    """--top-k, --top-p, --temperature, --guidance, --seed, --dtype and --batch-size; `top_k` and `top_p` are the
+    defaults, None for the model's own."""
     theirs = "default: the model's"
     arguments.add_argument(
         "--top-k",
@@ -40,6 +40,12 @@ def add_sampling_options(
     )
     arguments.add_argument(
         "--temperature", type=per_depth(float), help=f"divides the logits; A,B,.. likewise ({theirs})"
+    )
+    arguments.add_argument(
+        "--guidance",
+        type=float,
+        metavar="S",
+        help=f"1 is none; more stresses the captions of a model that was trained with data.caption_dropout ({theirs})",
     )
     arguments.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default: 0)")
     arguments.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the RQ-Transformer (default: fp32)")

@@ -123,7 +123,7 @@ def test_command_is_accepted(command, parse):
         read_ds_config(resolve_name(args.ds_config, CONFIGS / "deepspeed", ".json"))
     if script == "benchmarks/sampling.py":
         assert args.from_json or load_script(script).configurations(args)  # it has sizes with names of their own
-    elif getattr(args, "model", None) and not script.startswith("evaluation/"):  # there it is an exported folder
+    elif isinstance(getattr(args, "model", None), str):  # a Path is an exported folder
         kind = {"megarq/train.py": "rq-transformer", "megarq/train_rqvae.py": "rq-vae"}.get(script)
         load_config(args.model, getattr(args, "overrides", []), kind)
 
