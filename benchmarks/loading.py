@@ -21,9 +21,9 @@ import torch
 from megarq import cli
 from megarq.config.load import load_config
 from megarq.files import write_atomically
-from megarq.inference.export import DTYPES
 from megarq.inference.generator import ImageGenerator
 from megarq.inference.model_folder import ModelInfo, write_info
+from megarq.inference.options import DRAWING_DTYPES
 from megarq.inference.pretrained import write_rqvae, write_transformer
 from megarq.launch.machine import describe_machine
 from megarq.planning.counts import transformer_parameters
@@ -31,8 +31,7 @@ from megarq.rqvae.model import RQVAE, fingerprint
 from megarq.transformer.rq_transformer import RQTransformer
 
 EXAMPLE = "example:\n  python benchmarks/loading.py --model t2i-3.9b --json benchmarks/results/loading.json"
-FORMS = {"bf16": ("bf16", False), "bf16, int8 linear layers": ("bf16", True)}
-"""Dtype, and whether linear layers are held in 8 bits."""
+FORMS = ("bf16", "int8")
 GIB = 2**30
 
 
@@ -56,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.here:
         form, folder = args.here
-        print(json.dumps(measure(Path(folder), *FORMS[form], args)))
+        print(json.dumps(measure(Path(folder), form, args)))
         return
     result: dict[str, Any] = {
         "machine": describe_machine(),
@@ -89,11 +88,11 @@ def write_model(folder: Path, args: argparse.Namespace) -> None:
     write_info(folder, ModelInfo(rqvae.config, fingerprint(rqvae), config))
 
 
-def measure(folder: Path, dtype: str, int8: bool, args: argparse.Namespace) -> dict[str, float]:
+def measure(folder: Path, form: str, args: argparse.Namespace) -> dict[str, float]:
     """Load the model and draw a batch."""
     peak = PeakMemory(args.device)
     start = time.perf_counter()
-    generator = ImageGenerator.from_pretrained(folder, args.device, DTYPES[dtype], args.batch_size, int8)
+    generator = ImageGenerator.from_pretrained(folder, args.device, DRAWING_DTYPES[form], args.batch_size)
     loaded = time.perf_counter() - start
     measured = {"loading_seconds": loaded, "loading_peak_gib": peak.gib()}
     config = generator.transformer.config

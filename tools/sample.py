@@ -16,8 +16,7 @@ from megarq.data.picture_items import prompt_items
 from megarq.data.picture_set import Item
 from megarq.errors import ConfigError
 from megarq.inference.drawing import PICTURES_PER_TAR, Rank, chosen_sampling
-from megarq.inference.drawing_command import asked_device, asked_model, draw_items, warn_on_rank_zero
-from megarq.inference.export import DTYPES
+from megarq.inference.drawing_command import asked_device, asked_model, draw_items, loaded, warn_on_rank_zero
 from megarq.inference.generator import ImageGenerator
 from megarq.inference.options import add_sampling_options
 from megarq.inference.png import write_png
@@ -162,9 +161,14 @@ def draw_grid(options: argparse.Namespace) -> None:
             f"--count {options.count} of {len(asked)} prompts or classes: a grid holds at most {MOST_IN_GRID:,} "
             "pictures. Use --prompts-file for more."
         )
-    generator = ImageGenerator.from_pretrained(
-        options.model, asked_device(options.device), DTYPES[options.dtype], options.batch_size
-    )
+    with loaded(options, asked_device(options.device)) as generator:
+        if generator is not None:
+            write_grid(options, generator, output)
+
+
+def write_grid(options: argparse.Namespace, generator: ImageGenerator, output: Path) -> None:
+    """Draw what is asked, choose the best of it, and write the PNG."""
+    asked = options.prompts or options.classes or [None]
     rank = None if options.keep_best is None else find_ranker(options, generator)
     settings = chosen_sampling(generator.info, vars(options)) | {"seed": options.seed}
     with tqdm(total=len(asked) * options.count * generator.positions, unit="stack", desc="sampling", delay=0.2) as bar:
