@@ -11,8 +11,8 @@ from pathlib import Path
 
 from megarq import cli
 from megarq.errors import ConfigError
-from megarq.inference.export import DTYPES
 from megarq.inference.generator import BATCH, ImageGenerator
+from megarq.inference.options import DRAWING_DTYPES
 from megarq.page.access import Passwords, check_host
 from megarq.page.page import Page
 
@@ -39,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
         "--max-count", type=int, default=16, metavar="N", help="pictures of one drawing, at most (default: %(default)s)"
     )
     arguments.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, .. (default: cpu)")
-    arguments.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the RQ-Transformer (default: fp32)")
+    arguments.add_argument(
+        "--dtype", choices=DRAWING_DTYPES, default="fp32", help="of the RQ-Transformer (default: fp32)"
+    )
     return arguments
 
 
@@ -72,8 +74,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_host(options.host, options.password_file)
     if not 1 <= options.max_count <= BATCH:
         raise ConfigError(f"--max-count {options.max_count}: give 1 to {BATCH}.")
+    if not 1 <= options.port < 2**16:
+        raise ConfigError(f"--port {options.port}: give 1 to 65535.")
     passwords = None if options.password_file is None else Passwords(options.password_file)
-    generator = ImageGenerator.from_pretrained(options.folder, options.device, DTYPES[options.dtype])
+    generator = ImageGenerator.from_pretrained(options.folder, options.device, DRAWING_DTYPES[options.dtype])
     with tempfile.TemporaryDirectory(prefix="megarq-page-") as folder:
         serve(Page(generator, options.max_count), Path(folder), options, passwords)
 

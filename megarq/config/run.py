@@ -232,6 +232,11 @@ class RQTransformerRunConfig:
                 f"data.caption_dropout={self.data.caption_dropout}, but the model has no captions "
                 f"(model.cond_length={self.model.cond_length}). Set data.caption_dropout=0."
             )
+        if self.sampling.guidance != 1 and self.model.condition != "text":
+            raise ConfigError(
+                f"sampling.guidance={self.sampling.guidance}, but the model has no captions "
+                f"(model.cond_length={self.model.cond_length}). Set sampling.guidance=1."
+            )
 
 
 @dataclass

@@ -4,13 +4,15 @@ captions_val2014.json                       COCO: captions drawn by seed, of ano
 captions_val2014_30K_samples.json           a list to be taken as it is: COCO's format (the first caption of each
                                             image, by image id), a list of strings or of objects, or a .csv
 Validation_GCC-1.1.0-Validation.tsv         CC-3M as published, caption<TAB>url; or image shards with captions
+prompts.txt                                 a caption a line
 count, classes                              0 0 0 1 1 1 2 2 ..
 """
 
 import csv
 import json
+import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from megarq.data.order import permutation
 from megarq.data.picture_set import Item
 from megarq.errors import ConfigError, DataError
 from megarq.parallel.initialization import derived_seed
+
+logger = logging.getLogger(__name__)
 
 _CAPTIONS, _NAMES = ("caption", "prompt", "text"), ("image_id", "id", "uid")
 """Fields that hold an item's caption and its name, whichever is there."""
@@ -94,6 +98,21 @@ def caption_items(given: Sequence[str], count: int | None = None) -> list[Item]:
     return _first(items, count, given[0])
 
 
+def prompt_items(path: Path) -> list[Item]:
+    """The captions of a text file, one a line; an item's id is its line, counted from 1. Blank lines are left out.
+
+    Raises: DataError for a file that cannot be read or holds no caption.
+    """
+    lines = _lines(path)
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    items = [Item(_text(line, f"{path} line {number}"), id=number) for number, line in numbered]
+    if not items:
+        raise DataError(f"{path} holds no caption, but {len(lines)} blank lines. Give a caption a line.")
+    if len(items) < len(lines):
+        logger.warning("%s: %d blank lines are left out.", path, len(lines) - len(items))
+    return items
+
+
 def class_items(count: int, classes: int) -> list[Item]:
     """`count` classes in rising order, each equally often; where that is not possible, the first ones once more."""
     share, rest = divmod(count, classes)
@@ -113,6 +132,15 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error}). Check the path, or copy the file again.") from error
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of UTF-8 text."""
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}). Give UTF-8 text, and check the path.") from error
+    return [line.rstrip("\r") for line in (lines if lines[-1] else lines[:-1])]
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
@@ -153,14 +181,10 @@ def _coco_captions(path: Path, content: Any) -> dict[int, list[str]]:
 
 def _tsv_items(path: Path) -> list[Item]:
     items = []
-    try:
-        lines: Iterable[str] = path.read_bytes().decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error}). Check the path, or copy the file again.") from error
-    rows = [line.rstrip("\r") for line in lines]
+    rows = _lines(path)
     if rows and "url" in rows[0].split("\t"):
         rows.pop(0)
-    for number, row in enumerate(rows[:-1] if rows and not rows[-1] else rows):
+    for number, row in enumerate(rows):
         texts = [field for field in row.split("\t") if not _is_address(field)]
         if row.count("\t") != 1 or len(texts) != 1 or not texts[0].strip():
             raise DataError(

@@ -2,16 +2,18 @@
 
     SET/pictures.json     {"format": "megarq-pictures", "version": 1, "count": 30000, "pictures_per_tar": 512,
                            "condition": "text", "seed": 0,
-                           "sampling": {"top_k": 1024, "top_p": 0.95, "temperature": 1.0},
+                           "sampling": {"top_k": 1024, "top_p": 0.95, "temperature": 1.0, "guidance": 1.0},
                            "batch_size": 64, "dtype": "fp32", "threads": 0,
                            "model": {"fingerprint": sha256, "name": "t2i", "weights": "ema", "step": 200000},
                            "items": sha256, "keep_fraction": 1.0, "ranker": null, "resolution": 256,
                            "complete": true}                          only once all tars are there
     SET/000000.tar ..     00000017.png  00000017.json {"index": 17, "prompt": "a red bus", "id": 179765}  ...
+    SET/000017.png  SET/000017.json ..                                 instead of tars, where pictures_per_tar is null
 
 A tar holds consecutive pictures and appears under its name only when whole. A class stands under "class" instead of a
 prompt; "id" is the name of the item where it came from. Where pictures were ranked and the best of several candidates
-kept, "score" is what the ranker gave, and "candidate" the index that the picture was drawn with.
+kept, "score" is what the ranker gave, and "candidate" the index that the picture was drawn with. Beside a picture that
+is a file of its own stand its seed, sampling, dtype and model as well.
 """
 
 import hashlib
@@ -19,9 +21,11 @@ import io
 import json
 import tarfile
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -55,16 +59,16 @@ class PictureSettings:
 
     count: int
     """Pictures in the set."""
-    pictures_per_tar: int
-    """Most pictures of one tar."""
+    pictures_per_tar: int | None
+    """Most pictures of one tar; None where each picture is a file of its own."""
     condition: str
     """What the model is asked with: text, class or none."""
     seed: int
     """With a picture's index, all that is random about it."""
     sampling: dict[str, Any]
-    """top_k, top_p and temperature: one value, or one for each depth."""
+    """top_k, top_p and temperature: one value, or one for each depth; guidance, which older sets do not tell: 1."""
     batch_size: int
-    """Pictures drawn together; batches do not cross tars."""
+    """Pictures drawn together; batches do not cross tars. Without tars, they are what workers share out."""
     dtype: str
     """Of the RQ-Transformer: fp32, bf16 or fp16."""
     threads: int
@@ -95,7 +99,7 @@ class PictureSettings:
         except FileNotFoundError as error:
             raise DataError(
                 f"{folder} holds no {PICTURES}: it is no set of generated pictures. Make one with evaluation/coco.py, "
-                "cc3m.py or class_conditional.py."
+                "cc3m.py or class_conditional.py, or tools/sample.py --prompts-file."
             ) from error
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read ({error}). Copy the set again, or make it anew.") from error
@@ -106,7 +110,9 @@ class PictureSettings:
                 f"version {VERSION}. Make the set again."
             )
         try:
-            return cls(**{name: content[name] for name in cls.__dataclass_fields__}), bool(content["complete"])
+            fields = {name: content[name] for name in cls.__dataclass_fields__}
+            fields["sampling"] = {"guidance": 1.0} | fields["sampling"]
+            return cls(**fields), bool(content["complete"])
         except KeyError as error:
             raise DataError(f"{path} lacks the field {error}. Copy the set again, or make it anew.") from error
 
@@ -122,8 +128,14 @@ class Sample(NamedTuple):
     """The index it was drawn with, where that is not its place in the set."""
 
 
+Add = Callable[[int, Sample, "Future[bytes]"], None]
+"""Writes a picture: its place, what it is, and its PNG."""
+
+
 class PictureSet:
     """The tars of a set that is being drawn: tar i holds the pictures of places[i]."""
+
+    extension = "tar"
 
     def __init__(self, folder: Path, settings: PictureSettings, places: Sequence[range]) -> None:
         """Claim the folder by writing pictures.json, unless an earlier run or another worker did.
@@ -131,7 +143,7 @@ class PictureSet:
         Raises: DataError where it was begun with other settings or holds other tars, or cannot be written.
         """
         self.folder, self.settings, self.places = folder, settings, places
-        self.files = [f"{index:06d}.tar" for index in range(len(places))]
+        self.files = self._names()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -145,21 +157,19 @@ class PictureSet:
                 if complete and len(self.done()) < len(self.files):  # somebody removed tars
                     found.save(folder, complete=False)
                 return
-            foreign = sorted(path.name for path in folder.glob("*.tar"))
+            foreign = sorted(path.name for path in folder.glob(f"*.{self.extension}"))
             if foreign:
                 raise DataError(f"{folder} holds {foreign[0]}, but no {PICTURES}: give --output a folder of its own.")
             settings.save(folder, complete=False)
 
     def done(self) -> list[int]:
         """Tars that are whole, whoever made them."""
-        there = {path.name for path in self.folder.glob("*.tar")}
+        there = {path.name for path in self.folder.glob(f"*.{self.extension}")}
         return [index for index, file in enumerate(self.files) if file in there]
 
     def take(self, number: int, workers: int) -> Generator[int, None, None]:
         """Tars for worker `number` of `workers` to make, each locked until the next is asked for: see `take_files`."""
-        return take_files(
-            self.folder, self.files, lambda index: self.path(index).exists(), number, workers, self.done()
-        )
+        return take_files(self.folder, self.files, self._is_done, number, workers, self.done())
 
     def path(self, index: int) -> Path:
         """Where a tar lies."""
@@ -171,17 +181,13 @@ class PictureSet:
         Raises: DataError where the folder cannot be written or the disk is full.
         """
         waiting: deque[tuple[int, Sample, Future[bytes]]] = deque()
-        with (
-            data_file(self.path(index)) as raw,
-            tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar,
-            ThreadPoolExecutor(_ENCODERS) as encoders,
-        ):
+        with self._writing(index) as add, ThreadPoolExecutor(_ENCODERS) as encoders:
             for place, sample in zip(self.places[index], samples, strict=True):
                 waiting.append((place, sample, encoders.submit(_png, sample.picture)))
                 if len(waiting) > _WAITING:
-                    _add(tar, *waiting.popleft())
+                    add(*waiting.popleft())
             while waiting:
-                _add(tar, *waiting.popleft())
+                add(*waiting.popleft())
 
     def finish(self) -> bool:
         """Call the set complete where it is, and leave nothing of locks and killed runs' half files.
@@ -196,6 +202,57 @@ class PictureSet:
             remove_leftovers(self.folder, self.files)
             (self.folder / f".{PICTURES}.lock").unlink(missing_ok=True)
             return True
+
+    def _names(self) -> list[str]:
+        return [f"{index:06d}.tar" for index in range(len(self.places))]
+
+    def _is_done(self, index: int) -> bool:
+        return self.path(index).exists()
+
+    @contextmanager
+    def _writing(self, index: int) -> Iterator[Add]:
+        with (
+            data_file(self.path(index)) as raw,
+            tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
+            yield partial(_add, tar)
+
+
+class LoosePictures(PictureSet):
+    """A set without tars: a PNG and a JSON for each picture. What is locked, and made anew if it is not whole, is the
+    batch of places[i], by the name of its first picture."""
+
+    extension = "png"
+
+    def done(self) -> list[int]:
+        """Batches that are whole, whoever made them."""
+        there = {path.name for path in self.folder.iterdir()}
+        return [index for index in range(len(self.places)) if there.issuperset(self._members(index))]
+
+    def _names(self) -> list[str]:
+        return [f"{places.start:06d}.png" for places in self.places]
+
+    def _is_done(self, index: int) -> bool:
+        return all((self.folder / name).exists() for name in self._members(index))
+
+    def _members(self, index: int) -> list[str]:
+        return [f"{place:06d}.{extension}" for place in self.places[index] for extension in ("png", "json")]
+
+    @contextmanager
+    def _writing(self, index: int) -> Iterator[Add]:
+        yield self._write_picture
+
+    def _write_picture(self, place: int, sample: Sample, png: Future[bytes]) -> None:
+        settings = {name: getattr(self.settings, name) for name in ("seed", "sampling", "dtype", "model")}
+        for extension, content in (("png", png.result()), ("json", _record(place, sample, **settings))):
+            with data_file(self.folder / f"{place:06d}.{extension}") as file:
+                file.write(content)
+
+
+def begin_set(folder: Path, settings: PictureSettings, places: Sequence[range]) -> PictureSet:
+    """A set with or without tars, as its settings say; raises as `PictureSet` does."""
+    kind = LoosePictures if settings.pictures_per_tar is None else PictureSet
+    return kind(folder, settings, places)
 
 
 def items_digest(items: Iterable[Item]) -> str:
@@ -237,7 +294,7 @@ def _png(picture: Image.Image) -> bytes:
     return content.getvalue()
 
 
-def _record(place: int, sample: Sample) -> bytes:
+def _record(place: int, sample: Sample, **settings: Any) -> bytes:
     item = sample.item
     record: dict[str, Any] = {"index": place}
     if item.prompt is not None:
@@ -247,4 +304,4 @@ def _record(place: int, sample: Sample) -> bytes:
     record["id"] = item.id
     if sample.score is not None:
         record |= {"score": sample.score, "candidate": sample.candidate}
-    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(record | settings, ensure_ascii=False).encode() + b"\n"

@@ -3,7 +3,7 @@
     images/a.png images/b/c.jpg ..        every image file below the folder, sorted by full path
     church_outdoor_val_lmdb/data.mdb      an LMDB, in the order of its keys
     'shards/{00000..00009}.tar'           image shards as they come; prompt: the first caption
-    SET/pictures.json SET/000000.tar ..   a whole set of drawn pictures; prompt: `prompt` of each .json
+    SET/pictures.json SET/000000.tar ..   a whole set of drawn pictures (or .png); prompt: `prompt` of each .json
 pictures[i] -> Picture(data=encoded bytes, prompt=text or None, name) ; PixelStream -> uint8 [B, 3, H, W], B at a time
 """
 
@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -233,7 +233,10 @@ def _open_shards(source: str, shards: Sequence[str], settings: dict[str, Any] | 
 
 def _open_set(folder: Path) -> Pictures:
     settings, whole = PictureSettings.load(folder)
-    pictures = _open_shards(str(folder), sorted(map(str, folder.glob("*.tar"))), asdict(settings))
+    if settings.pictures_per_tar is None:
+        pictures = _open_loose(folder, asdict(settings))
+    else:
+        pictures = _open_shards(str(folder), sorted(map(str, folder.glob("*.tar"))), asdict(settings))
     if len(pictures) != settings.count or not whole:
         fewer = "fewer pictures than captions" if len(pictures) < settings.count else "it is not complete"
         raise DataError(
@@ -241,6 +244,23 @@ def _open_set(folder: Path) -> Pictures:
             "them again: it goes on where it stopped."
         )
     return pictures
+
+
+def _open_loose(folder: Path, settings: dict[str, Any]) -> Pictures:
+    """A set whose pictures are files of their own."""
+    files = sorted(map(str, folder.glob("*.png")))
+
+    def read(index: int) -> Picture:
+        picture = _read_file(files[index])
+        record = Path(files[index]).with_suffix(".json")
+        try:
+            return replace(picture, prompt=_prompt(record.read_bytes(), None))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{record} cannot be read ({error}). Remove it, and run the command that drew it."
+            ) from error
+
+    return Pictures(str(folder), "folder", len(files), read, settings)
 
 
 def decode_plain(data: bytes) -> Image.Image:

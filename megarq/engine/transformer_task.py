@@ -18,7 +18,7 @@ from megarq.data.loader import CodeBatch
 from megarq.engine.metrics import Findings
 from megarq.engine.passes import Passes, PipelinePasses, PlainPasses
 from megarq.engine.snapshot import whole_transformer
-from megarq.inference.sampling import sample_codes
+from megarq.inference.sampling import Guidance, sample_codes
 from megarq.parallel.initialization import named_generator
 from megarq.parallel.topology import ProcessGroups
 from megarq.rqvae.model import RQVAE
@@ -102,8 +102,15 @@ class TransformerTask:
             return None
         cond, text = self._shown_conditions()
         sampling = self._config.sampling
+        guidance = None
+        if self._tokenizer is not None:
+            null = self._tokenizer.encode("", self._config.model.cond_length)
+            guidance = Guidance(sampling.guidance, torch.tensor(null))
         codes = sample_codes(
-            model, cond, sampling.top_k, sampling.top_p, sampling.temperature, seed=self._config.train.seed
+            *(model, cond, sampling.top_k, sampling.top_p, sampling.temperature),
+            seed=self._config.train.seed,
+            guidance=guidance,
+            captured=False,
         )
         images = self._rqvae.decode(codes).clamp(-1, 1).add(1).div(2)
         return make_grid(images.cpu(), nrow=max(1, round(len(images) ** 0.5))), text

@@ -24,7 +24,7 @@ from megarq.errors import CheckpointError, ConfigError
 from megarq.inference.model_card import model_card
 from megarq.inference.model_folder import ModelInfo, new_folder, write_info
 from megarq.inference.pretrained import check_fit, check_tokenizer, write_rqvae, write_transformer
-from megarq.inference.sampling import depth_settings
+from megarq.inference.settings import check_guidance, depth_settings
 from megarq.rqvae.authors import config_from_authors as rqvae_config_from_authors
 from megarq.rqvae.authors import state_from_authors as rqvae_state_from_authors
 from megarq.rqvae.model import RQVAE, fingerprint
@@ -196,13 +196,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _sampling(document: Mapping[str, Any], config: RQTransformerConfig) -> SamplingConfig:
-    """Their `sampling: {top_k, top_p, temp}`, where given."""
+    """Their `sampling: {top_k, top_p, temp}`, where given, with the `guidance` that our export adds."""
     section = document.get("sampling") or {}
     top_k, top_p, temperature = (
         _one_or_each(section.get(key), default) for key, default in (("top_k", None), ("top_p", 1.0), ("temp", 1.0))
     )
     depth_settings(config.sizes, top_k, top_p, temperature)
-    return SamplingConfig(top_k, top_p, temperature)
+    return SamplingConfig(top_k, top_p, temperature, check_guidance(section.get("guidance", 1.0), config.condition))
 
 
 def _one_or_each(value: Any, default: Any) -> Any:

@@ -111,6 +111,8 @@ def _write_rqvae(
 def _sampling(sampling: SamplingConfig) -> dict[str, Any]:
     """What `import_pretrained` reads back."""
     values = {"top_k": sampling.top_k, "top_p": sampling.top_p, "temp": sampling.temperature}
+    if sampling.guidance != 1:  # theirs knows none
+        values["guidance"] = sampling.guidance
     return {key: value for key, value in values.items() if value is not None}
 
 

@@ -2,7 +2,8 @@
 
     items --lay_out--> tars --take (locks)--> batches --sample, decode--> [rank, keep the best] --> SET/000000.tar ..
 
-The batches of a tar have one size and do not cross tars, so that the bytes are the same whoever draws which tar.
+The batches of a tar have one size and do not cross tars, so that the bytes are the same whoever draws which tar. Where
+each picture is a file of its own, a batch takes the place of a tar.
 
 With keep_fraction f below 1, the items are taken in groups: a class's pictures together, a caption alone. A group of n
 draws ceil(n / f) candidates, of which the n that the ranker scores highest are kept, in the order of their indices.
@@ -15,9 +16,9 @@ import heapq
 import math
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
@@ -31,7 +32,7 @@ from megarq.data.picture_set import Item, PictureSet, PictureSettings, Sample, i
 from megarq.errors import ConfigError, DataError
 from megarq.inference.generator import ImageGenerator
 from megarq.inference.model_folder import ModelInfo, model_fingerprint
-from megarq.inference.sampling import check_seed, depth_settings
+from megarq.inference.settings import check_guidance, check_seed, depth_settings
 
 Rank = Callable[[Sequence[Image.Image], Sequence[Item]], Sequence[float]]
 """From pictures and what each is to show to scores; the higher, the better."""
@@ -50,17 +51,17 @@ def drawing_settings(
     batch_size: int,
     dtype: str,
     threads: int,
-    pictures_per_tar: int = PICTURES_PER_TAR,
+    pictures_per_tar: int | None = PICTURES_PER_TAR,
     keep_fraction: float = 1.0,
 ) -> PictureSettings:
     """What the pictures of these items will be; the ranker, which costs more to make, is still to be told.
 
-    model: the exported folder that `info` is of; sampling: top_k, top_p, temperature, None for the folder's own.
+    model: the exported folder that `info` is of; sampling: as `chosen_sampling` takes it.
     Raises: ConfigError for a setting out of range, or a keep fraction without anything to rank by.
     """
     assert info.transformer is not None
     for name, value in (("--batch-size", batch_size), ("--pictures-per-tar", pictures_per_tar)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ConfigError(f"{name} {value}: give 1 or more.")
     if not 0 < keep_fraction <= 1:
         raise ConfigError(f"--keep-fraction {keep_fraction}: give a share above 0 and at most 1, such as 0.05.")
@@ -68,17 +69,12 @@ def drawing_settings(
         raise ConfigError(
             f"--keep-fraction {keep_fraction}: nothing ranks pictures of a model without condition. Leave it out."
         )
-    chosen = {
-        name: getattr(info.sampling, name) if sampling.get(name) is None else sampling[name]
-        for name in ("top_k", "top_p", "temperature")
-    }
-    depth_settings(info.transformer.sizes, **chosen)
     return PictureSettings(
         count=len(items),
         pictures_per_tar=pictures_per_tar,
         condition=info.transformer.condition,
         seed=check_seed(seed),
-        sampling=chosen,
+        sampling=chosen_sampling(info, sampling),
         batch_size=batch_size,
         dtype=dtype,
         threads=threads,
@@ -95,12 +91,25 @@ def drawing_settings(
     )
 
 
+def chosen_sampling(info: ModelInfo, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """top_k, top_p, temperature and guidance: those asked for, and the model's own in place of None.
+
+    Raises: ConfigError for one out of range, or guidance of a model without captions.
+    """
+    assert info.transformer is not None
+    chosen = {name: own if asked.get(name) is None else asked[name] for name, own in asdict(info.sampling).items()}
+    depth_settings(info.transformer.sizes, chosen["top_k"], chosen["top_p"], chosen["temperature"])
+    chosen["guidance"] = check_guidance(chosen["guidance"], info.transformer.condition)
+    return chosen
+
+
 def lay_out(items: Sequence[Item], settings: PictureSettings) -> list[range]:
-    """The pictures of each tar: full tars, but for the last; where candidates are ranked, whole groups.
+    """The pictures of each tar, or of each batch where there are no tars: full ones, but for the last; where candidates
+    are ranked, whole groups.
 
     Raises: ConfigError for a group that no tar can hold.
     """
-    size = settings.pictures_per_tar
+    size = settings.pictures_per_tar or settings.batch_size
     if settings.keep_fraction == 1:
         return [range(first, min(first + size, len(items))) for first in range(0, len(items), size)]
     tars: list[range] = []
@@ -159,7 +168,7 @@ def draw_pictures(
     workers: int = 1,
     progress: bool = True,
 ) -> bool:
-    """Draw the tars of `pictures` that nobody else has drawn or holds. Whether the set is complete at the end.
+    """Draw what of `pictures` nobody else has drawn or holds. Whether the set is complete at the end.
 
     generator: of the model and batch size that the set's settings tell. rank: scores candidates, where fewer are kept
     than drawn. number, workers: this process's place among those that share the folder; it only says where it begins.
@@ -238,7 +247,9 @@ class _Drawer:
 def _conditions(generator: ImageGenerator, items: Sequence[Item], condition: str) -> Tensor:
     """Conditions [N, L] of all items. Raises ConfigError where the model cannot be asked for one of them."""
     if condition == "text":
-        return generator.conditions(prompts=[item.prompt or "" for item in items])
+        places: dict[str, int] = {}
+        order = [places.setdefault(item.prompt or "", len(places)) for item in items]
+        return generator.conditions(prompts=list(places))[order]
     if condition == "class":
         return generator.conditions(classes=[-1 if item.label is None else item.label for item in items])
     return generator.conditions().expand(len(items), -1)

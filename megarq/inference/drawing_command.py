@@ -1,4 +1,4 @@
-"""What the commands that draw picture sets share: evaluation/coco.py, cc3m.py and class_conditional.py.
+"""What the commands that draw picture sets share: evaluation/coco.py, cc3m.py, class_conditional.py, tools/sample.py.
 
 python evaluation/coco.py ...            one worker; a second one, started anywhere, shares the work
 torchrun, deepspeed, srun, mpirun        a worker for each rank; sbatch --array as many more
@@ -7,7 +7,8 @@ torchrun, deepspeed, srun, mpirun        a worker for each rank; sbatch --array 
 import argparse
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -16,14 +17,14 @@ import torch
 from PIL import Image
 
 from megarq.data.picture_items import check_count
-from megarq.data.picture_set import Item, PictureSet
+from megarq.data.picture_set import Item, begin_set
 from megarq.errors import ConfigError
 from megarq.inference.drawing import PICTURES_PER_TAR, draw_pictures, drawing_settings, lay_out
-from megarq.inference.export import DTYPES
 from megarq.inference.generator import ImageGenerator
 from megarq.inference.model_folder import ModelInfo, read_info
-from megarq.inference.options import add_sampling_options
+from megarq.inference.options import DRAWING_DTYPES, add_sampling_options
 from megarq.inference.pretrained import find_device
+from megarq.inference.sharing import shared_generator
 from megarq.launch.environment import read_environment, worker_place
 from megarq.launch.process_group import rank_device
 
@@ -88,6 +89,7 @@ def drawing_parser(
 def parse_drawing(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The options. Raises: ConfigError for those that do not go together, or are out of range."""
     args = parser.parse_args(argv)
+    warn_on_rank_zero()
     check_count(args.count)
     if not 0 < args.keep_fraction <= 1:
         raise ConfigError(f"--keep-fraction {args.keep_fraction}: give a share above 0 and at most 1, such as 0.05.")
@@ -96,19 +98,41 @@ def parse_drawing(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
     return args
 
 
+def warn_on_rank_zero() -> None:
+    """Let warnings be seen once, and errors of all ranks."""
+    rank = read_environment(os.environ, meet=False).rank
+    logging.basicConfig(format="%(message)s", level=logging.WARNING if rank == 0 else logging.ERROR)
+
+
+def asked_device(name: str | None) -> torch.device:
+    """What --device says, by default this rank's GPU if there is one. Raises: ConfigError where there is no such."""
+    return find_device(name or rank_device(read_environment(os.environ, meet=False)))
+
+
 def asked_model(folder: Path, *conditions: str) -> ModelInfo:
     """What an exported model's config.json says. Raises: ConfigError where its condition is none of these."""
     info = read_info(folder)
     if info.transformer is None:
-        raise ConfigError(f"--model {folder} holds an RQ-VAE alone. Give a folder that has an RQ-Transformer as well.")
+        raise ConfigError(f"{folder} holds an RQ-VAE alone. Give a folder that has an RQ-Transformer as well.")
     found = info.transformer.condition
     if found not in conditions:
         what = {"text": "captions", "class": "classes", "none": "pictures without condition"}
         raise ConfigError(
-            f"--model {folder} draws {what[found]}, not {' or '.join(what[name] for name in conditions)}. Use "
+            f"{folder} draws {what[found]}, not {' or '.join(what[name] for name in conditions)}. Use "
             f"{_SCRIPTS[found]}, or another model."
         )
     return info
+
+
+@contextmanager
+def loaded(args: argparse.Namespace, device: torch.device) -> Iterator[ImageGenerator | None]:
+    """The model of the command; where ranks share it, the first calls it, and the others get None when it is done."""
+    asked = (args.model, device, DRAWING_DTYPES[args.dtype], args.batch_size)
+    if args.tp == 1:
+        yield ImageGenerator.from_pretrained(*asked)
+    else:
+        with shared_generator(*asked, args.tp) as generator:
+            yield generator
 
 
 def draw_items(args: argparse.Namespace, info: ModelInfo, items: Sequence[Item], make_ranker: MakeRanker) -> None:
@@ -117,9 +141,8 @@ def draw_items(args: argparse.Namespace, info: ModelInfo, items: Sequence[Item],
     make_ranker is called where candidates are ranked.
     """
     environment = read_environment(os.environ, meet=False)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING if environment.rank == 0 else logging.ERROR)
-    number, workers = worker_place(os.environ, environment)
-    device = find_device(args.device or rank_device(environment))
+    number, workers = worker_place(os.environ, environment) if args.tp == 1 else (0, 1)
+    device = asked_device(args.device)
     threads = args.threads if device.type == "cpu" else 0
     if device.type == "cpu":
         if threads < 1:
@@ -131,7 +154,7 @@ def draw_items(args: argparse.Namespace, info: ModelInfo, items: Sequence[Item],
         info,
         items,
         seed=args.seed,
-        sampling={"top_k": args.top_k, "top_p": args.top_p, "temperature": args.temperature},
+        sampling=vars(args),
         batch_size=args.batch_size,
         dtype=args.dtype,
         threads=threads,
@@ -143,14 +166,19 @@ def draw_items(args: argparse.Namespace, info: ModelInfo, items: Sequence[Item],
     if args.keep_fraction < 1:
         rank = make_ranker(args.ranker_weights, device)
         settings = replace(settings, ranker={"network": rank.network, "sha256": rank.sha256})
-    pictures = PictureSet(args.output, settings, places)
-    if len(pictures.done()) == len(pictures.files):
+    pictures = begin_set(args.output, settings, places)
+    if args.tp == 1 and len(pictures.done()) == len(pictures.files):
         complete = pictures.finish()
     else:
-        generator = ImageGenerator.from_pretrained(args.model, device, DTYPES[args.dtype], args.batch_size)
-        shown = environment.rank == 0
-        complete = draw_pictures(generator, items, pictures, rank=rank, number=number, workers=workers, progress=shown)
+        with loaded(args, device) as generator:
+            if generator is None:
+                return
+            shown = environment.rank == 0
+            complete = draw_pictures(
+                generator, items, pictures, rank=rank, number=number, workers=workers, progress=shown
+            )
     if complete:
-        print(f"{args.output}: {len(items)} pictures in {len(pictures.files)} tars, complete")
+        tars = "" if settings.pictures_per_tar is None else f" in {len(pictures.files)} tars"
+        print(f"{args.output}: {len(items)} pictures{tars}, complete")
     elif environment.rank == 0:
         print(f"nothing left to begin in {args.output}: other workers hold the rest, and the last of them completes it")

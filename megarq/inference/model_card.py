@@ -36,7 +36,7 @@ _MODEL = """# {title}
 
     python tools/sample.py FOLDER {option}--count 16 --output grid.png
 
-Unless told otherwise, it samples with top-k {top_k}, top-p {top_p} and temperature {temperature}.
+Unless told otherwise, it samples with top-k {top_k}, top-p {top_p}, temperature {temperature} and guidance {guidance}.
 """
 
 _RQVAE = """# {title}
@@ -116,4 +116,5 @@ def _model_fields(info: ModelInfo) -> dict[str, Any]:
         "top_k": sampling.top_k or "off",
         "top_p": sampling.top_p,
         "temperature": sampling.temperature,
+        "guidance": sampling.guidance,
     }

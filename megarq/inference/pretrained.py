@@ -11,9 +11,11 @@ from torch import Tensor
 from megarq.checkpoint.run_folder import checkpoint_at, checkpoints_folder
 from megarq.config.models import RQTransformerConfig, RQVAEConfig
 from megarq.errors import CheckpointError, ConfigError
+from megarq.inference.frozen import Form, freezable
 from megarq.inference.model_folder import CONFIG, ModelInfo, read_info, write_info
 from megarq.inference.runs import check_architecture, rqvae_of_checkpoint
 from megarq.inference.tensor_files import PART_BYTES, read_tensors, write_tensors
+from megarq.parallel.topology import ALONE, TensorGroup
 from megarq.rqvae.model import RQVAE, fingerprint
 from megarq.text.tokenizer import TextTokenizer
 from megarq.transformer.rq_transformer import RQTransformer
@@ -108,9 +110,16 @@ def write_transformer(
 
 
 def load_pretrained(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    form: Form | None = None,
+    tp: TensorGroup = ALONE,
 ) -> Pretrained:
     """Load an exported model; the RQ-Transformer in `dtype`, the RQ-VAE in fp32.
+
+    Beside the model, one tensor is in memory at a time. `form` is what the linear layers' weights become; `tp` shares
+    the RQ-Transformer among the ranks of a tensor group, each of which reads its part of the files.
 
     Raises:
         CheckpointError: the folder is missing, damaged, of another format version, or holds only an RQ-VAE.
@@ -130,11 +139,29 @@ def load_pretrained(
         )
     check_fit(info.transformer, info.rqvae)
     rqvae = _read_rqvae(folder, info).to(device)
-    with device, _default_dtype(dtype):  # built in place, so that no second copy exists
-        transformer = RQTransformer(info.transformer, shared_codebook=info.rqvae.shared_codebook).eval()
-    read_tensors(folder, MODEL, dict(transformer.named_parameters()))
+    transformer = _read_transformer(folder, info, device, dtype, form, tp)
     transformer.load_codebook(rqvae.codebook_weights())
     return Pretrained(transformer, rqvae, _read_tokenizer(folder, info), info)
+
+
+def _read_transformer(
+    folder: Path, info: ModelInfo, device: torch.device, dtype: torch.dtype, form: Form | None, tp: TensorGroup
+) -> RQTransformer:
+    """The RQ-Transformer without its codebook."""
+    assert info.transformer is not None
+    with _default_dtype(dtype):  # on the CPU, whose memory is not taken before it is written
+        transformer = RQTransformer(info.transformer, tp, shared_codebook=info.rqvae.shared_codebook).eval()
+    parameters, layers = dict(transformer.named_parameters()), freezable(transformer)
+
+    def store(name: str, tensor: Tensor) -> None:
+        tensor = tensor.to(device, dtype)
+        if form is not None and name in layers:
+            layers[name].freeze(form, tensor)
+        else:
+            parameters[name].data = tensor
+
+    read_tensors(folder, MODEL, parameters, store, tp)
+    return transformer.to(device)  # the buffers
 
 
 def _read_tokenizer(folder: Path, info: ModelInfo) -> TextTokenizer | None:

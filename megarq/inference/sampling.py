@@ -14,16 +14,16 @@ Shapes: B batch, T = H x W positions, D depth, L condition length, E width, K co
 """
 
 import functools
-import operator
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from megarq.errors import ConfigError
+from megarq.inference.settings import Counts, DepthSettings, Shares, check_seed, depth_settings
 from megarq.parallel.collectives import gather_from
 from megarq.parallel.initialization import named_generator
 from megarq.transformer.blocks import Window
@@ -35,132 +35,6 @@ Choose = Callable[[Tensor, Position, int], Tensor]
 """From logits [B, K_d], position and depth to codes [B]."""
 Progress = Callable[[int], object]
 """Told, after each position, how many stacks were drawn: the batch size."""
-Counts = int | Sequence[int | None] | None
-Shares = float | Sequence[float]
-
-_COOLEST = 1e-6
-
-
-@dataclass(frozen=True)
-class DepthSettings:
-    """How the codes of one depth are drawn."""
-
-    top_k: int
-    """Draw among the k likeliest codes; 1 is the likeliest, always."""
-    top_p: float
-    """Of those, draw among the likeliest whose probabilities, in falling order, first reach this sum."""
-    temperature: float
-    """Divides the logits, before the rest."""
-
-    def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """Codes [B] for fp32 logits [B, K] and fp64 numbers [B] in [0, 1), by inverting the cumulated distribution."""
-        if self.top_k == 1:
-            return logits.argmax(-1)
-        scaled = (logits - logits.amax(-1, keepdim=True)) / self.temperature
-        order = None
-        if self.top_k < logits.shape[-1] or self.top_p < 1:
-            scaled, order = scaled.topk(self.top_k, dim=-1)  # falling
-        cumulated = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)
-        total = cumulated[..., -1:]
-        if self.top_p < 1:
-            last = (cumulated < self.top_p).sum(-1, keepdim=True).clamp(max=cumulated.shape[-1] - 1)
-            total = cumulated.gather(-1, last)
-        # Strictly below the total, rounding included, so that no code beyond it and none of probability 0 is drawn.
-        target = torch.minimum(uniform.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
-        index = torch.searchsorted(cumulated, target, right=True).clamp(max=cumulated.shape[-1] - 1)
-        return (index if order is None else order.gather(-1, index)).squeeze(-1)
-
-
-def depth_settings(
-    sizes: Sequence[int], top_k: Counts = None, top_p: Shares = 1.0, temperature: Shares = 1.0
-) -> list[DepthSettings]:
-    """The settings of each depth, from one value for all depths or one for each.
-
-    Args:
-        sizes: codebook size of each depth.
-        top_k: 1 or more, capped at the codebook size; None for all codes.
-        top_p: above 0, at most 1.
-        temperature: above 0.
-
-    Raises:
-        ConfigError: a value out of range, or another number of values than depths.
-    """
-    counts = _each("top_k", top_k, len(sizes))
-    shares = _each("top_p", top_p, len(sizes))
-    temperatures = _each("temperature", temperature, len(sizes))
-    return [
-        DepthSettings(_top_k(count, size), _top_p(share), _temperature(value))
-        for size, count, share, value in zip(sizes, counts, shares, temperatures, strict=True)
-    ]
-
-
-def _each(name: str, value: Any, depth: int) -> list[Any]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return [value] * depth
-    if len(value) == 1:
-        return list(value) * depth
-    if len(value) != depth:
-        raise ConfigError(f"{name}={list(value)}: {len(value)} values for {depth} depths. Give one value, or {depth}.")
-    return list(value)
-
-
-def _top_k(value: Any, size: int) -> int:
-    if value is None:
-        return size
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = 0
-    if count < 1 or isinstance(value, bool):
-        raise ConfigError(f"top_k={value!r}: give a whole number from 1 (the likeliest code) to {size} (all codes).")
-    return min(count, size)
-
-
-def _top_p(value: Any) -> float:
-    number = _number(value)
-    if not 0 < number <= 1:
-        raise ConfigError(f"top_p={value!r}: give a share of the probability above 0 and at most 1 (all codes).")
-    return number
-
-
-def _temperature(value: Any) -> float:
-    number = _number(value)
-    if not _COOLEST <= number < float("inf"):
-        raise ConfigError(
-            f"temperature={value!r}: give a number of at least {_COOLEST:g}; 1 leaves the model's probabilities as "
-            "they are, and top_k=1 always takes the likeliest code."
-        )
-    return number
-
-
-def _number(value: Any) -> float:
-    try:
-        return float("nan") if isinstance(value, str | bool) else float(value)
-    except (TypeError, ValueError):
-        return float("nan")
-
-
-def check_guidance(value: Any, condition: str) -> float:
-    """The scale as a float. Raises ConfigError where it is out of range, or the condition has no null."""
-    scale = _number(value)
-    if not 0 <= scale < float("inf"):
-        raise ConfigError(f"guidance={value!r}: give a number of 0 or more; 1 is none, and 2 to 8 stress the caption.")
-    if scale != 1 and condition != "text":
-        raise ConfigError(
-            f"guidance={value!r}: the model's condition is {condition}, and only captions have a null condition, the "
-            "empty caption. Use guidance 1."
-        )
-    return scale
-
-
-def check_seed(seed: Any) -> int:
-    """The seed as an int. Raises ConfigError for anything that is not a whole number."""
-    try:
-        if not isinstance(seed, bool):
-            return operator.index(seed)
-    except TypeError:
-        pass
-    raise ConfigError(f"seed={seed!r}: give a whole number, such as 0.")
 
 
 class Guidance(NamedTuple):
@@ -204,6 +78,7 @@ class Sampler:
         self._placed = (on_gpu and transformer.tp.size == 1) if placed is None else placed
         self._captured = self._placed and on_gpu
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._passed: deque[torch.cuda.Event] = deque()
 
     @torch.no_grad()
     def draw(self, cond: Tensor, progress: Progress | None = None) -> Tensor:
@@ -221,9 +96,7 @@ class Sampler:
                     self._run_body(position - 1)
                 self._run_head(position)
                 if progress is not None:
-                    if self._captured:
-                        torch.cuda.synchronize(cond.device)
-                    progress(len(cond))
+                    self._report(progress, position)
         if not self._finite:
             raise ConfigError(
                 f"the model's hidden states are not finite in {self._context.dtype}: its weights are damaged, or too "
@@ -231,16 +104,34 @@ class Sampler:
             )
         return self._codes.unflatten(1, config.code_shape[:2]).clone()
 
+    def _report(self, progress: Progress, position: int) -> None:
+        """Tell of this position; on a GPU, which comes to it later, of the one before, once it has passed that."""
+        last = position + 1 == self.transformer.config.positions
+        if not self._captured:
+            progress(len(self._codes))
+            return
+        passed = torch.cuda.Event()
+        passed.record()
+        self._passed.append(passed)
+        while len(self._passed) > (0 if last else 1):
+            self._passed.popleft().synchronize()
+            progress(len(self._codes))
+
     def _start(self, cond: Tensor) -> None:
-        """Read the condition [B, L], and the null condition for every picture that is guided."""
+        """Read the conditions [B, L], each once however many pictures it has, and where guided the null condition."""
         self._place.zero_()
-        self._finite.fill_(True)
-        for cache in self._body_caches:
-            cache.reset()
-            cache.window = None
+        self._passed.clear()
         if self._guidance is not None:
             cond = torch.cat([cond, self._guidance.null.to(cond).expand_as(cond)])
-        self._read(self.transformer.body_input.embed_condition(cond))
+        cond, rows = cond.unique(dim=0, return_inverse=True)
+        hidden = self.transformer.body_input.embed_condition(cond)
+        for block, cache in zip(self.transformer.body.values(), self._body_caches, strict=True):
+            of_conditions = cache.like(len(cond), cond.shape[1])
+            hidden = block(hidden, of_conditions)
+            cache.reset()
+            cache.append(of_conditions.keys[rows], of_conditions.values[rows])
+        self._context.copy_(hidden[rows, -1])
+        self._finite.copy_(self._context.isfinite().all())
 
     def _run_body(self, position: int) -> None:
         """Read the stack drawn at `position`: the context becomes the next position's."""
@@ -312,13 +203,14 @@ class Sampler:
                 _on_side_stream(step, self._place.device)
             self._place.zero_()
             self._graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graphs[key], pool=pool):
+            with torch.cuda.graph(self._graphs[key], pool=pool, capture_error_mode="thread_local"):
                 step()
 
     def _windowed_step(self, length: int) -> None:
         """The body's step at the place that the device knows."""
         place = self._place + self.transformer.config.cond_length
-        window = Window(place, torch.arange(length, device=place.device) <= place)
+        absent = torch.arange(length, device=place.device) > place
+        window = Window(place, self._context.new_zeros(length).masked_fill_(absent, float("-inf")))
         for cache in self._body_caches:
             cache.window = window
         stack = self._with_null(self._codes.index_select(1, self._place)[:, 0])
@@ -365,8 +257,10 @@ class Draws:
 class CodeSampler:
     """Draws codes for conditions of any number, keeping the sampler of the batch size and settings asked for last."""
 
-    def __init__(self, transformer: RQTransformer) -> None:
+    def __init__(self, transformer: RQTransformer, captured: bool = True) -> None:
+        """`captured` lets a GPU's steps be captured, once for each batch size and settings."""
         self.transformer = transformer
+        self._placed = None if captured else False
         self._kept: tuple[int, list[DepthSettings], float] | None = None
         self._sampler: Sampler | None = None
 
@@ -386,7 +280,7 @@ class CodeSampler:
         if self._kept != asked:
             self._sampler = None  # its memory is free before the next one's is taken
             self._draws = Draws(self.transformer, len(cond), settings)
-            self._sampler = Sampler(self.transformer, len(cond), self._draws, guidance)
+            self._sampler = Sampler(self.transformer, len(cond), self._draws, guidance, self._placed)
             self._kept = asked
         assert self._sampler is not None
         self._draws.seed(seed, indices)
@@ -404,6 +298,7 @@ def sample_codes(
     indices: Sequence[int] | None = None,
     progress: Progress | None = None,
     guidance: Guidance | None = None,
+    captured: bool = True,
 ) -> Tensor:
     """Draw one stack of codes for each condition.
 
@@ -417,6 +312,7 @@ def sample_codes(
         indices: the pictures' indices [B]; 0, 1, .. by default.
         progress: called after each position with B.
         guidance: its scale and null condition, for a model of captions.
+        captured: whether a GPU's steps are captured; not so where other work of the process is on the GPU as well.
 
     Returns:
         int64 [B, H, W, D], on the transformer's device.
@@ -430,7 +326,7 @@ def sample_codes(
     indices = range(len(cond)) if indices is None else indices
     if len(indices) != len(cond):
         raise ConfigError(f"{len(indices)} indices for {len(cond)} conditions: give one for each.")
-    return CodeSampler(transformer).draw(cond, settings, seed, indices, progress, guidance)
+    return CodeSampler(transformer, captured).draw(cond, settings, seed, indices, progress, guidance)
 
 
 def check_condition(transformer: RQTransformer, cond: Tensor) -> Tensor:

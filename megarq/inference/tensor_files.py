@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megarq.errors import CheckpointError
 from megarq.files import write_atomically
+from megarq.parallel.topology import ALONE, TensorGroup
 
 PART_BYTES = 5 * 10**9
 """Most bytes of one file, unless a single tensor is larger."""
@@ -56,10 +57,23 @@ def write_tensors(
         write_atomically(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=1))
 
 
-def read_tensors(folder: Path, stem: str, targets: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of the files into `targets`, converting to their dtypes and devices.
+def read_tensors(
+    folder: Path,
+    stem: str,
+    targets: Mapping[str, Tensor],
+    store: Callable[[str, Tensor], None] | None = None,
+    tp: TensorGroup = ALONE,
+) -> None:
+    """Read the tensors of the files one by one, of a parameter that is cut over a tensor group this rank's part.
 
-    Raises CheckpointError where a file is missing or damaged, and for missing, unknown and differently shaped tensors.
+    Args:
+        folder, stem: as they were written.
+        targets: what is to be read; shapes are held against these.
+        store: takes each name and tensor, on the CPU and in the file's dtype; by default it is copied into its target.
+        tp: the group that `partition_dim` of the targets refers to.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or tensors are missing, unknown or of another shape.
     """
     files = _find(folder, stem)
     found = {name for names in files.values() for name in names}
@@ -67,22 +81,38 @@ def read_tensors(folder: Path, stem: str, targets: Mapping[str, Tensor]) -> None
     problems += [f"unknown {name}" for name in sorted(found - targets.keys())]
     if problems:
         raise _misfit(folder / f"{stem}.safetensors", problems)
+    store = store or (lambda name, tensor: _copy(tensor, targets[name]))
     for path, names in files.items():
         try:
             with safe_open(path, "pt") as file:
-                shapes = {name: file.get_slice(name).get_shape() for name in names}
+                slices = {name: file.get_slice(name) for name in names}
+                shapes = {name: (part.get_shape(), _whole_shape(targets[name], tp)) for name, part in slices.items()}
                 problems = [
-                    f"{name} is {shape}, not {list(targets[name].shape)}"
-                    for name, shape in shapes.items()
-                    if shape != list(targets[name].shape)
+                    f"{name} is {found}, not {wanted}" for name, (found, wanted) in shapes.items() if found != wanted
                 ]
                 if problems:
                     raise _misfit(path, problems)
-                with torch.no_grad():
-                    for name in names:
-                        targets[name].copy_(file.get_tensor(name))
+                for name in names:
+                    store(name, slices[name][_own_part(targets[name], tp)])
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from error
+
+
+def _copy(tensor: Tensor, target: Tensor) -> None:
+    with torch.no_grad():
+        target.copy_(tensor)
+
+
+def _whole_shape(target: Tensor, tp: TensorGroup) -> list[int]:
+    dim = getattr(target, "partition_dim", None)
+    return [size * tp.size if place == dim else size for place, size in enumerate(target.shape)]
+
+
+def _own_part(target: Tensor, tp: TensorGroup) -> tuple[slice, ...]:
+    """Where the target lies in the whole tensor."""
+    dim = getattr(target, "partition_dim", None)
+    starts = [size * tp.rank if place == dim else 0 for place, size in enumerate(target.shape)]
+    return tuple(slice(start, start + size) for start, size in zip(starts, target.shape, strict=True))
 
 
 def _split(like: Mapping[str, Tensor], part_bytes: int) -> list[list[str]]:

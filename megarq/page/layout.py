@@ -93,7 +93,8 @@ class Events:
     ) -> Any:
         """A new drawing, and the history that it is now part of."""
         visit = self._page.visit(request.session_hash)
-        asked = Asked(subject, count, temperature, top_k, top_p, guidance, "" if fresh else seed)
+        typed = (subject, count, temperature, top_k, top_p, guidance, "" if fresh else seed)
+        asked = Asked(*(text or "" for text in typed))  # a field that is not shown is None
         began = time.monotonic()
         try:
             with _told():

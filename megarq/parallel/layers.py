@@ -87,7 +87,29 @@ def _start_sum(partial: Tensor, tp: TensorGroup, tokens: int) -> Callable[[], Te
     return start_scatter(partial, tp) if tokens else start_all_reduce(partial, tp)
 
 
-class ColumnParallelLinear(nn.Module):
+Product = Callable[[Tensor, Tensor | None], Tensor]
+"""A frozen weight: from inputs [.., in] and a bias to [.., out]."""
+
+
+class FreezableLinear(nn.Module):
+    """A linear layer whose weight, for inference, can give way to another form of it."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    frozen: Product | None = None
+    """Where given, what is called in place of F.linear with `weight`, which is gone then."""
+
+    def freeze(self, form: Callable[[Tensor], Product], weight: Tensor) -> None:
+        """Take this weight, in another form, in the parameter's place."""
+        self.frozen = form(weight.flatten(0, -2))
+        self.register_parameter("weight", None)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[.., in] to [.., out/P], without communication."""
+        return F.linear(x, self.weight, bias) if self.frozen is None else self.frozen(x, bias)
+
+
+class ColumnParallelLinear(FreezableLinear):
     """[N, in] to this rank's slice [N, out/P].
 
     With `tokens`, the S of sequence parallelism, the input is this rank's [n, in] and the output [B, S, out/P].
@@ -101,12 +123,12 @@ class ColumnParallelLinear(nn.Module):
         self.bias = cut_parameter((local,), 0, tp) if bias else None
 
     def forward(self, x: Tensor, tokens: int = 0) -> Tensor:
-        if self.tp.size == 1:
-            return F.linear(x, self.weight, self.bias)
+        if self.tp.size == 1 or self.frozen is not None:
+            return self.product(x, self.bias)
         return _ColumnLinear.apply(x, self.weight, self.bias, self.tp, tokens)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(FreezableLinear):
     """This rank's slice [N, in/P] to the whole [N, out]; the bias is added once, after the sum.
 
     With `tokens`, the S of sequence parallelism, the input is [B, S, in/P] and the output this rank's [n, out].
@@ -120,15 +142,15 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor, tokens: int = 0) -> Tensor:
         if self.tp.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        y = F.linear(x, self.weight)
+            return self.product(x, self.bias)
+        y = self.product(x, None)
         y = scatter_tokens(y, self.tp) if tokens else reduce_from(y, self.tp)
         if self.bias is None:
             return y
         return y + (copy_to(self.bias, self.tp) if tokens else self.bias)  # its gradient is then of a slice alone
 
 
-class QKVParallelLinear(nn.Module):
+class QKVParallelLinear(FreezableLinear):
     """Queries, keys and values in one product, cut by heads: [N, E] to three of [N, E/P].
 
     The weight is [3, E, E], so that a cut along dimension 1 gives each rank whole heads of all three. With `tokens`,
@@ -143,15 +165,23 @@ class QKVParallelLinear(nn.Module):
         self.bias = cut_parameter((3, local), 1, tp) if bias else None
 
     def forward(self, x: Tensor, tokens: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = _ColumnLinear.apply(x, self.weight, self.bias, self.tp, tokens).chunk(3, dim=-1)
+        if self.frozen is None:
+            y = _ColumnLinear.apply(x, self.weight, self.bias, self.tp, tokens)
+        else:
+            y = self.frozen(x, None if self.bias is None else self.bias.flatten())
+        q, k, v = y.chunk(3, dim=-1)
         return q, k, v
 
 
 class DepthParallelLinear(nn.Module):
     """A column-parallel Linear for each depth, [..., D, in] to [..., D, out/P]; its all-reduce overlaps nothing."""
 
+    weight: nn.Parameter
+
     def __init__(self, depth: int, in_features: int, out_features: int, tp: TensorGroup = ALONE) -> None:
         super().__init__()
+        self.frozen: list[Product] = []
+        """Of each depth, where the weight is frozen."""
         self.tp = tp
         local = cut_size(out_features, tp, "output features")
         self.weight = cut_parameter((depth, local, in_features), 1, tp)
@@ -159,8 +189,17 @@ class DepthParallelLinear(nn.Module):
 
     def forward(self, x: Tensor, depths: slice = slice(None)) -> Tensor:
         """`depths` are those that x's dimension -2 stands for; all of them by default."""
+        if self.frozen:
+            forms, biases = self.frozen[depths], self.bias[depths]
+            parts = [form(x[..., place, :], biases[place]) for place, form in enumerate(forms)]
+            return torch.stack(parts, dim=-2)
         x = copy_to(x, self.tp)
         return torch.einsum("...de,dke->...dk", x, self.weight[depths]) + self.bias[depths]
+
+    def freeze(self, form: Callable[[Tensor], Product], weight: Tensor) -> None:
+        """Take this weight, in another form, in the parameter's place."""
+        self.frozen = [form(of_depth) for of_depth in weight]
+        self.register_parameter("weight", None)
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -25,9 +25,12 @@ from megarq.planning.counts import (
 TRAINING_FACTOR = 3
 
 
-def block_flops(embed_dim: int, tokens: int) -> int:
-    """One block on one sequence: 24 E^2 for each token in its matrices, 4 E for each pair of tokens in attention."""
-    return tokens * 24 * embed_dim**2 + 4 * embed_dim * tokens**2
+def block_flops(embed_dim: int, tokens: int, pairs: int | None = None) -> int:
+    """One block on one sequence: 24 E^2 for each token in its matrices, 4 E for each pair of tokens in attention.
+
+    `pairs` are those that attention multiplies, all by default.
+    """
+    return tokens * 24 * embed_dim**2 + 4 * embed_dim * (tokens**2 if pairs is None else pairs)
 
 
 def transformer_tokens(config: RQTransformerConfig) -> dict[str, int]:

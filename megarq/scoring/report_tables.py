@@ -158,7 +158,8 @@ def _pictures(result: Result) -> str:
 
 
 def _sampling(images: dict[str, Any]) -> str | None:
-    told = [f"{_plain(name)} {_value(value)}" for name, value in (images.get("sampling") or {}).items()]
+    sampling = (images.get("sampling") or {}).items()
+    told = [f"{_plain(name)} {_value(value)}" for name, value in sampling if (name, value) != ("guidance", 1)]
     if images.get("dtype"):
         told.append(images["dtype"])
     kept, ranker = images.get("keep_fraction"), images.get("ranker")

@@ -26,7 +26,7 @@ class Window(NamedTuple):
     place: Tensor
     """int64 [1]."""
     mask: Tensor
-    """bool [W]: which of the first W tokens of the caches there are, the next one included."""
+    """[W], what is added to the scores of the first W tokens of the caches: 0, or -inf where there is none yet."""
 
 
 class KeyValueCache:
@@ -57,6 +57,12 @@ class KeyValueCache:
     def reset(self) -> None:
         """Forget all tokens, keep the buffers."""
         self.length = 0
+        self.window = None
+
+    def like(self, batch: int, tokens: int) -> "KeyValueCache":
+        """An empty cache of the same layer for so many sequences and tokens."""
+        _, heads, _, width = self.keys.shape
+        return KeyValueCache((batch, heads, tokens, width), self.keys.device, self.keys.dtype)
 
 
 class SelfAttention(nn.Module):

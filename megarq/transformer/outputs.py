@@ -28,6 +28,7 @@ class CodeClassifier(nn.Module):
     def __init__(self, config: RQTransformerConfig, tp: TensorGroup = ALONE) -> None:
         super().__init__()
         largest = max(config.sizes)
+        self.classes = largest // tp.size
         self.norm = LayerNorm(config.embed_dim)
         self.linear: ColumnParallelLinear | DepthParallelLinear
         if config.shared_classifier:
@@ -54,6 +55,7 @@ class CaptionClassifier(nn.Module):
 
     def __init__(self, config: RQTransformerConfig, tp: TensorGroup = ALONE) -> None:
         super().__init__()
+        self.classes = config.cond_vocab_size // tp.size
         self.norm = LayerNorm(config.embed_dim)
         self.linear = ColumnParallelLinear(config.embed_dim, config.cond_vocab_size, tp=tp)
 
@@ -102,7 +104,7 @@ class Outputs(nn.Module):
 
     def _losses(self, classifier: CodeClassifier | CaptionClassifier, hidden: Tensor, targets: Tensor) -> Tensor:
         """[N, S, E] and targets [N, S] or [N, S, K/P] to [N, S]; logits live for some of the rows at a time."""
-        rows = max(1, self.logits_at_once // (hidden.shape[1] * classifier.linear.weight.shape[-2]))
+        rows = max(1, self.logits_at_once // (hidden.shape[1] * classifier.classes))
 
         def losses(hidden: Tensor, targets: Tensor) -> Tensor:
             return cross_entropy(classifier(hidden), targets, self.tp)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from captioned_tars import contents
-from tiny_drawing import COUNT, TARS, drawing_command
+from tiny_drawing import COUNT, TARS, drawing_command, prompts_command
 
 from megarq.data.picture_set import PictureSettings
 from tests.end_to_end.commands import ON_CPU, ROOT, call_ranks, start_ranks, succeed, typed
@@ -82,3 +82,42 @@ def test_two_kills_leave_no_trace(command: tuple[str, ...], undisturbed: dict[st
     assert not PictureSettings.load(output)[1]
     assert all(outcome.status == 0 for outcome in call_ranks(*command, "--output", output, ranks=2))
     assert contents(output) == undisturbed
+
+
+def test_a_file_of_prompts_is_drawn_on_after_a_kill_with_the_same_bytes(tmp_path: Path) -> None:
+    command = prompts_command(tmp_path)
+    said = succeed(*command, "--output", tmp_path / "undisturbed").printed
+    assert f"{COUNT} pictures, complete" in said
+    output = tmp_path / "set"
+    (fork,) = start_ranks(*command, "--output", output, ranks=1, log=tmp_path / "log")
+    deadline = time.monotonic() + SECONDS
+    while len(list(output.glob("*.png"))) < COUNT // 4:
+        assert time.monotonic() < deadline and fork.is_alive(), "no moment to kill at"
+        time.sleep(0.001)
+    fork.kill()
+    fork.join(SECONDS)
+    there = {path: path.stat().st_mtime_ns for path in output.glob("*.png")}
+    assert COUNT // 4 <= len(there) < COUNT and not PictureSettings.load(output)[1]
+    assert all(outcome.status == 0 for outcome in call_ranks(*command, "--output", output, ranks=2))
+    assert contents(output) == contents(tmp_path / "undisturbed")
+    kept = [path for path, time_ns in there.items() if path.stat().st_mtime_ns == time_ns]
+    assert len(kept) >= len(there) - 2  # at most the batch that was torn is made anew
+
+
+def test_two_ranks_share_a_model_and_draw_what_one_draws(tmp_path: Path) -> None:
+    many = prompts_command(tmp_path)
+    few = (*many[:2], "--prompt", "a seven", "--count", "4", "--seed", "5")
+    for name, command in (("many", many), ("few.png", few)):
+        succeed(*command, "--output", tmp_path / "alone" / name)
+        outcomes = call_ranks(*command, "--tp", "2", "--output", tmp_path / "shared" / name, ranks=2)
+        assert [outcome.status for outcome in outcomes] == [0, 0], outcomes
+        assert outcomes[0].printed and not outcomes[1].printed
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert contents(alone / "many") == contents(shared / "many")
+    assert (alone / "few.png").read_bytes() == (shared / "few.png").read_bytes()
+
+
+def test_a_model_is_shared_by_all_ranks_of_a_job_or_not_at_all(tmp_path: Path) -> None:
+    outcomes = call_ranks(*prompts_command(tmp_path), "--tp", "4", "--output", tmp_path / "many", ranks=2)
+    assert all(outcome.status == 2 for outcome in outcomes), outcomes
+    assert "--tp 4 in a job of 2 ranks" in outcomes[0].errors and "torchrun --nproc_per_node 4" in outcomes[0].errors

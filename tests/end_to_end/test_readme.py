@@ -121,7 +121,9 @@ def test_command_is_accepted(command, parse):
     args = parse(script, command.arguments)
     if getattr(args, "ds_config", None):
         read_ds_config(resolve_name(args.ds_config, CONFIGS / "deepspeed", ".json"))
-    if getattr(args, "model", None) and not script.startswith("evaluation/"):  # there it is an exported folder
+    if script == "benchmarks/sampling.py":
+        assert args.from_json or load_script(script).configurations(args)  # it has sizes with names of their own
+    elif isinstance(getattr(args, "model", None), str):  # a Path is an exported folder
         kind = {"megarq/train.py": "rq-transformer", "megarq/train_rqvae.py": "rq-vae"}.get(script)
         load_config(args.model, getattr(args, "overrides", []), kind)
 

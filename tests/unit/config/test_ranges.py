@@ -15,7 +15,7 @@ REFUSED = {
             "log.sample_every=-1",
         ),
         *("sampling.top_k=0", "sampling.top_p=0", "sampling.temperature=0", "data.workers=-1", "data.bpe_dropout=3"),
-        "data.caption_dropout=1.1",
+        *("data.caption_dropout=1.1", "sampling.guidance=-1"),
         *("data.validation_shards=-1", "train.betas=[1.5,0.9]", "train.weight_decay=-1", "train.clip=-1"),
         *(
             "train.warmup_steps=-5",
@@ -51,6 +51,7 @@ def test_a_number_out_of_range(model, change):
     ("model", "change", "remedy"),
     [
         ("demo", "train.betas=[0.9]", "give two numbers"),
+        ("imagenet-480m", "sampling.guidance=2", r"the model has no captions .*Set sampling.guidance=1\."),
         ("rqvae-demo", "model.channel_multipliers=[]", "give one multiplier"),
         ("rqvae-demo", "model.attention_resolutions=[7]", "Choose among them"),
         ("rqvae-demo", "codebook.init=k-means", "use random or kmeans"),

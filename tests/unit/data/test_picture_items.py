@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megarq.data.picture_items import caption_items, class_items, coco_items, listed_items
+from megarq.data.picture_items import caption_items, class_items, coco_items, listed_items, prompt_items
 from megarq.data.picture_set import Item
 from megarq.errors import DataError
 
@@ -151,3 +151,31 @@ def test_classes_are_balanced_and_in_order() -> None:
     assert Counter(labels) == {0: 3, 1: 3, 2: 3, 3: 2}
     assert set(Counter(item.label for item in class_items(50_000, 1000)).values()) == {50}
     assert [item.label for item in class_items(2, 4)] == [0, 1]
+
+
+def test_a_text_file_has_a_caption_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "prompts.txt", '\ufeffa red bus\r\n\n  ein Fu\u00df \n\t\nred, "blue"')
+    assert prompt_items(path) == [Item("a red bus", id=1), Item("ein Fu\u00df", id=3), Item('red, "blue"', id=5)]
+    assert "2 blank lines are left out" in caplog.text
+
+
+def test_a_last_line_that_ends_is_no_blank_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert prompt_items(write(tmp_path / "prompts.txt", "two\n")) == [Item("two", id=1)]
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"cannot be read \(.*No such file.*Give UTF-8 text, and check the path"),
+        (b"", "holds no caption, but 0 blank lines. Give a caption a line"),
+        (b"\n \n", "holds no caption, but 2 blank lines"),
+        (b"two\n\xff\xfe", "cannot be read .*utf-8.*Give UTF-8 text"),
+    ],
+)
+def test_a_text_file_without_captions_is_an_error(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        prompt_items(path)

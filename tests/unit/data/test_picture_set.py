@@ -14,7 +14,7 @@ from PIL import Image
 
 from megarq.data.faults import Faults
 from megarq.data.image_shards import ImageIndex
-from megarq.data.picture_set import Item, PictureSet, PictureSettings, Sample, items_digest
+from megarq.data.picture_set import Item, PictureSet, PictureSettings, Sample, begin_set, items_digest
 from megarq.errors import DataError
 
 ITEMS = [Item("ein Fuß", id=7), Item(label=3), Item(), Item("two", id="two.jpg"), Item("three")]
@@ -23,7 +23,7 @@ SETTINGS = PictureSettings(
     pictures_per_tar=2,
     condition="text",
     seed=0,
-    sampling={"top_k": None, "top_p": [0.9, 0.8], "temperature": 1.0},
+    sampling={"top_k": None, "top_p": [0.9, 0.8], "temperature": 1.0, "guidance": 1.0},
     batch_size=2,
     dtype="fp32",
     threads=1,
@@ -142,6 +142,7 @@ def test_a_set_whose_tar_was_removed_is_no_longer_complete(begun: Callable[..., 
         ({"seed": 1}, "seed=0, this command has seed=1"),
         ({"sampling": SETTINGS.sampling | {"top_k": 5}}, "sampling.top_k=None, this command has sampling.top_k=5"),
         ({"sampling": SETTINGS.sampling | {"top_p": 1.0}}, r"sampling.top_p=\[0.9, 0.8\], .*sampling.top_p=1.0"),
+        ({"sampling": SETTINGS.sampling | {"guidance": 2.0}}, "sampling.guidance=1.0, .*sampling.guidance=2.0"),
         ({"model": SETTINGS.model | {"fingerprint": "e"}}, "model.fingerprint=f+, this command has .*=e\\."),
         ({"threads": 2}, "threads=1, .*threads=2"),
         (
@@ -181,6 +182,17 @@ def test_settings_are_the_same_after_json(begun: Callable[..., PictureSet]) -> N
     begun()
 
 
+def test_a_set_of_before_there_was_guidance_goes_on(begun: Callable[..., PictureSet], tmp_path: Path) -> None:
+    begun()
+    path = tmp_path / "set" / "pictures.json"
+    content = json.loads(path.read_bytes())
+    del content["sampling"]["guidance"]
+    path.write_text(json.dumps(content))
+    assert PictureSettings.load(tmp_path / "set") == (SETTINGS, False)
+    fill(begun())
+    assert begun().finish()
+
+
 def test_a_folder_of_other_tars_is_refused(begun: Callable[..., PictureSet], tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "00000.tar").touch()
@@ -212,6 +224,65 @@ def test_a_damaged_description_is_named(tmp_path: Path, content: str | None, mes
         (tmp_path / "pictures.json").write_text(content)
     with pytest.raises(DataError, match=message):
         PictureSettings.load(tmp_path)
+
+
+@pytest.fixture
+def loose(tmp_path: Path) -> Callable[..., PictureSet]:
+    """`loose(name, **changes)`: the set of ITEMS without tars, in batches of two."""
+    settings = replace(SETTINGS, pictures_per_tar=None)
+    return lambda name="loose", **changes: begin_set(tmp_path / name, replace(settings, **changes), PLACES)
+
+
+def test_without_tars_each_picture_has_a_json_that_tells_all_about_it(
+    loose: Callable[..., PictureSet], tmp_path: Path
+) -> None:
+    fill(loose())
+    assert loose().finish()
+    names = [f"{place:06d}.{kind}" for place in range(5) for kind in ("json", "png")]
+    assert sorted(contents(tmp_path / "loose")) == [*names, "pictures.json"]
+    settings = {name: getattr(SETTINGS, name) for name in ("seed", "sampling", "dtype", "model")}
+    record = json.loads((tmp_path / "loose" / "000003.json").read_bytes())
+    assert record == {"index": 3, "prompt": "two", "id": "two.jpg", **settings}
+    shown = Image.open(tmp_path / "loose" / "000003.png")
+    assert shown.mode == "RGB" and np.array_equal(np.asarray(shown), np.asarray(picture(3)))
+
+
+@pytest.mark.parametrize("lost", ["000002.png", "000003.json"])
+def test_without_tars_a_batch_that_lacks_a_file_is_made_again(
+    loose: Callable[..., PictureSet], tmp_path: Path, lost: str
+) -> None:
+    fill(loose())
+    assert loose().finish()
+    before = contents(tmp_path / "loose")
+    (tmp_path / "loose" / lost).unlink()
+    assert not loose().finish() and list(loose().take(0, 1)) == [1]
+    fill(loose())
+    assert loose().finish() and contents(tmp_path / "loose") == before
+
+
+def test_without_tars_a_batch_that_fails_leaves_whole_pictures(
+    loose: Callable[..., PictureSet], tmp_path: Path
+) -> None:
+    def failing() -> Iterator[Sample]:
+        yield Sample(ITEMS[0], picture(0))
+        raise DataError("no more")
+
+    with pytest.raises(DataError, match="no more"):
+        loose().write(0, failing())
+    assert not [path for path in (tmp_path / "loose").iterdir() if path.suffix == ".tmp"]
+    assert loose().done() == []
+
+
+def test_without_tars_other_pictures_and_other_formats_are_refused(
+    loose: Callable[..., PictureSet], begun: Callable[..., PictureSet], tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "holiday.png").touch()
+    with pytest.raises(DataError, match=r"holds holiday.png, but no pictures.json: give --output a folder of its own"):
+        loose("mine")
+    begun("tars")
+    with pytest.raises(DataError, match="was begun with pictures_per_tar=2, this command has pictures_per_tar=None"):
+        loose("tars")
 
 
 def test_the_digest_of_items_tells_all_of_them_apart() -> None:

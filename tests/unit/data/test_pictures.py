@@ -124,6 +124,31 @@ def test_several_sources_follow_one_another(folder, tmp_path):
     assert (pictures.kind, pictures.source) == ("several", f"{folder} {tmp_path / '0.tar'} {folder}")
 
 
+def write_loose(folder: Path, count: int = 4) -> Path:
+    folder.mkdir()
+    for index in range(count):
+        (folder / f"{index:06d}.png").write_bytes(picture(index, 8, 8))
+        (folder / f"{index:06d}.json").write_text(json.dumps({"index": index, "prompt": f"picture {index}"}))
+    replace(SETTINGS, pictures_per_tar=None).save(folder, True)
+    return folder
+
+
+def test_a_set_without_tars_is_listed_with_prompts_and_settings(tmp_path):
+    pictures = open_pictures(write_loose(tmp_path / "set"))
+    assert [pictures[index].prompt for index in range(len(pictures))] == [f"picture {index}" for index in range(4)]
+    assert pictures[3].data == picture(3, 8, 8)
+    assert pictures.settings is not None and pictures.settings["seed"] == 5
+
+
+def test_a_set_without_tars_that_lacks_something_is_refused(tmp_path):
+    with pytest.raises(DataError, match="3 of 4 pictures are there"):
+        open_pictures(write_loose(tmp_path / "three", count=3))
+    pictures = open_pictures(write_loose(tmp_path / "set"))
+    (tmp_path / "set" / "000001.json").unlink()
+    with pytest.raises(DataError, match="000001.json cannot be read"):
+        pictures[1]
+
+
 def test_a_set_with_fewer_pictures_than_captions_is_refused(tmp_path):
     with pytest.raises(DataError, match="2 of 4 pictures are there: fewer pictures than captions. Run the command"):
         open_pictures(write_set(tmp_path / "set", tars=1))

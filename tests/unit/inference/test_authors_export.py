@@ -139,7 +139,7 @@ def test_the_loss_of_a_run_is_written(stage1_run, tmp_path):
 @pytest.fixture
 def stage2_run(build, tokenizer_file, tmp_path):
     models = build()
-    config = RQTransformerRunConfig(model=models.transformer.config, sampling=SamplingConfig(top_k=5, top_p=0.9))
+    config = RQTransformerRunConfig(model=models.transformer.config, sampling=SamplingConfig(5, 0.9, guidance=3.0))
     publish(tmp_path / "run", config, dict(models.transformer.named_parameters()))
     save_rqvae(models.rqvae, tmp_path / "run" / "rqvae")
     TextTokenizer.load(tokenizer_file).save(tmp_path / "run")
@@ -152,7 +152,7 @@ def test_a_run_of_stage_2_is_written_with_its_tokenizer_and_sampling(stage2_run,
     command([str(run), "--layout", "authors", "--output", str(theirs)])
     assert sorted(path.name for path in theirs.iterdir()) == ["rqtransformer", "rqvae", "tokenizer.json"]
     info = import_pretrained(theirs / "rqvae", tmp_path / "again", theirs / "rqtransformer", theirs / "tokenizer.json")
-    assert asdict(info.sampling) == {"top_k": 5, "top_p": 0.9, "temperature": 1.0, "guidance": 1.0}
+    assert asdict(info.sampling) == {"top_k": 5, "top_p": 0.9, "temperature": 1.0, "guidance": 3.0}
     again = load_pretrained(tmp_path / "again")
     assert same(dict(again.transformer.named_parameters()), dict(models.transformer.named_parameters()))
     assert again.tokenizer.vocab_size == TextTokenizer.load(tokenizer_file).vocab_size

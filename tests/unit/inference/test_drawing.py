@@ -174,9 +174,20 @@ def test_classes_and_no_condition_are_drawn_too(draw: Callable[..., Drawn]) -> N
 
 def test_settings_left_out_are_the_models_and_are_recorded(draw: Callable[..., Drawn]) -> None:
     recorded = json.loads((draw(sampling={"top_k": 5, "top_p": None}).folder / "pictures.json").read_bytes())
-    assert recorded["sampling"] == {"top_k": 5, "top_p": 1.0, "temperature": 1.0}
+    assert recorded["sampling"] == {"top_k": 5, "top_p": 1.0, "temperature": 1.0, "guidance": 1.0}
     assert (recorded["model"]["weights"], recorded["model"]["step"]) == ("param", 3)
     assert (recorded["count"], recorded["resolution"], recorded["condition"]) == (5, 4, "text")
+
+
+def test_a_guided_set_shows_what_the_guided_generator_draws(
+    draw: Callable[..., Drawn], folders: dict[str, Path]
+) -> None:
+    drawn = draw(sampling={"guidance": 4.0})
+    generator = ImageGenerator.from_pretrained(folders["text"], batch_size=1)
+    cond = generator.conditions([str(item.prompt) for item in CAPTIONS])
+    guided = generator.decode(generator.sample_codes(cond, seed=3, guidance=4.0))
+    assert same(drawn.pixels, [np.asarray(picture) for picture in guided])
+    assert not same(drawn.pixels, draw(name="plain").pixels)
 
 
 def test_the_best_candidates_of_a_caption_are_kept(draw: Callable[..., Drawn], folders: dict[str, Path]) -> None:
@@ -256,6 +267,8 @@ def test_a_fraction_is_the_decimal_that_was_typed(kept: int, fraction: float, co
         ({"batch_size": 0}, "--batch-size 0"),
         ({"pictures_per_tar": 0}, "--pictures-per-tar 0"),
         ({"sampling": {"top_p": 2.0}}, r"top_p=2\.0"),
+        ({"sampling": {"guidance": -1.0}}, r"guidance=-1\.0"),
+        ({"items": [Item(label=1)], "kind": "class", "sampling": {"guidance": 2.0}}, r"guidance=2\.0: the model's"),
         ({"seed": "x"}, "seed='x'"),
         ({"items": [Item("two"), Item(" ")]}, "prompt ' '"),
         ({"items": [Item(label=9)], "kind": "class"}, "class=9"),

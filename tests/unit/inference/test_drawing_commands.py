@@ -86,7 +86,7 @@ def test_coco_draws_captions_of_different_images_as_the_authors_sample(
     found = run("coco", "text", "--captions", captions, "--count", 6)
     assert {record["id"] for record in found} == set(range(6))
     settings, _ = PictureSettings.load(tmp_path / "set")
-    assert settings.sampling == {"top_k": 1024, "top_p": 0.95, "temperature": 1.0}
+    assert settings.sampling == {"top_k": 1024, "top_p": 0.95, "temperature": 1.0, "guidance": 1.0}
 
 
 def test_coco_takes_a_list_as_it_is(run: Callable[..., Any], captions: Path, tmp_path: Path) -> None:
@@ -177,6 +177,13 @@ def test_what_cannot_be_drawn_is_refused(
     assert not (tmp_path / "set").exists()
 
 
+def test_every_sampling_option_is_recorded(run: Callable[..., Any], captions: Path, tmp_path: Path) -> None:
+    asked = ("--top-k", "5,4,3", "--top-p", 0.9, "--temperature", 1.5, "--guidance", 3)
+    run("coco", "text", "--items", captions, *asked)
+    found = PictureSettings.load(tmp_path / "set")[0].sampling
+    assert found == {"top_k": [5, 4, 3], "top_p": 0.9, "temperature": 1.5, "guidance": 3.0}
+
+
 def test_fewer_captions_than_30000_are_an_error(run: Callable[..., Any], captions: Path) -> None:
     with pytest.raises(DataError, match="has 12 captions of 6 images, fewer than --count 30000. Use --count 12"):
         run("coco", "text", "--captions", captions)
@@ -196,7 +203,8 @@ def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
 def test_many_long_captions_are_told_in_one_line(
     run: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "list.json").write_text(json.dumps(["a small red seven two"] * 6 + ["two"]))
+    captions = [f"a small red seven {word}" for word in ("two", "red", "blue", "a", "seven", "small")]
+    (tmp_path / "list.json").write_text(json.dumps([*captions, "two", *captions]))
     with caplog.at_level(logging.WARNING):
         run("coco", "text", "--items", tmp_path / "list.json")
     assert caplog.text.count("has 5 tokens; the model reads the first 4") == 3

@@ -46,7 +46,7 @@ def models(build):
 def run(models, tokenizer_file, tmp_path):
     """A run with checkpoints of steps 10 (weights doubled) and 20."""
     folder = tmp_path / "run"
-    config = RQTransformerRunConfig(model=models.transformer.config, sampling=SamplingConfig(top_k=5, top_p=0.9))
+    config = RQTransformerRunConfig(model=models.transformer.config, sampling=SamplingConfig(5, 0.9, guidance=3.0))
     weights = dict(models.transformer.named_parameters())
     publish(folder, 10, whole({name: 2 * tensor for name, tensor in weights.items()}, "param"), config)
     publish(folder, 20, whole(weights, "param"), config)
@@ -97,7 +97,7 @@ def test_the_config_tells_step_weights_and_sampling(run, tmp_path):
     export_run(run, tmp_path / "model")
     info = read_info(tmp_path / "model")
     assert (info.step, info.weights) == (20, "param")
-    assert info.sampling == SamplingConfig(top_k=5, top_p=0.9)
+    assert info.sampling == SamplingConfig(top_k=5, top_p=0.9, guidance=3.0)
 
 
 def test_a_step_can_be_chosen(run, models, tmp_path):
@@ -171,7 +171,8 @@ def test_an_output_with_other_files_is_refused_and_kept(run, tmp_path):
 def test_the_card_tells_limits_and_training(run, tmp_path):
     export_run(run, tmp_path / "model")
     card = (tmp_path / "model" / "README.md").read_text()
-    for part in ("## Intended use", "## Limits", "## License", "lr: 0.0005", "top-k 5, top-p 0.9", "after 20 steps"):
+    sampling = "top-k 5, top-p 0.9, temperature 1.0 and guidance 3.0"
+    for part in ("## Intended use", "## Limits", "## License", "lr: 0.0005", sampling, "after 20 steps"):
         assert part in card
 
 

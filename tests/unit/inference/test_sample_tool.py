@@ -19,6 +19,12 @@ def tool():
     return load_script("tools/sample.py")
 
 
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    """Draw where the generators drew that the pictures are compared with."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture(scope="module")
 def folder(build, export, tmp_path_factory):
     return str(export(build(), tmp_path_factory.mktemp("tool") / "model"))
@@ -63,16 +69,28 @@ def test_the_pictures_are_the_generators_in_reading_order(tool, folder, tmp_path
     assert np.array_equal(sheet[8:12, 2:6], np.asarray(pictures[2]))
 
 
+def test_guided_pictures_are_the_guided_generators(tool, folder, tmp_path):
+    tool.main([folder, "--prompt", "two", "--guidance", "4", "--output", str(tmp_path / "g.png")])
+    (picture,) = tool.ImageGenerator.from_pretrained(folder).generate(prompts=["two"], guidance=4.0)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "g.png"))[2:6, 2:6], np.asarray(picture))
+
+
+def test_classes_cannot_be_guided(tool, class_folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"guidance=2\.0: the model's condition is class"):
+        tool.main([class_folder, "--class", "3", "--guidance", "2", "--output", str(tmp_path / "g.png")])
+
+
 def test_classes_are_asked_for_by_number(tool, class_folder, tmp_path):
     tool.main([class_folder, "--class", "3", "--class", "0", "--output", str(tmp_path / "g.png")])
     assert json.loads(Image.open(tmp_path / "g.png").text["classes"]) == [3, 0]
 
 
 def test_the_png_tells_how_it_was_drawn(tool, folder, tmp_path):
-    options = ["--prompt", "two", "--top-k", "5,4,3", "--top-p", "0.9", "--temperature", "1.2", "--seed", "8"]
-    tool.main([folder, *options, "--output", str(tmp_path / "g.png")])
+    options = ["--top-k", "5,4,3", "--top-p", "0.9", "--temperature", "1.2", "--guidance", "2", "--seed", "8"]
+    tool.main([folder, "--prompt", "two", *options, "--output", str(tmp_path / "g.png")])
     facts = {key: json.loads(value) for key, value in Image.open(tmp_path / "g.png").text.items() if key != "Software"}
-    assert facts == {"prompts": ["two"], "count": 1, "temperature": 1.2, "top_k": [5, 4, 3], "top_p": 0.9, "seed": 8}
+    settings = {"temperature": 1.2, "top_k": [5, 4, 3], "top_p": 0.9, "guidance": 2, "seed": 8}
+    assert facts == {"prompts": ["two"], "count": 1, **settings}
 
 
 @pytest.mark.parametrize(
@@ -83,6 +101,7 @@ def test_the_png_tells_how_it_was_drawn(tool, folder, tmp_path):
         (["--prompt", "two", "--temperature", "0"], "temperature=0"),
         (["--prompt", "two", "--temperature", "nan"], "temperature=nan"),
         (["--prompt", "two", "--top-p", "2"], "top_p=2"),
+        (["--prompt", "two", "--guidance", "-1"], "guidance=-1"),
         (["--prompt", "two", "--count", "0"], "--count 0"),
         (["--class", "2"], "classes given"),
         ([], "neither prompts nor classes"),

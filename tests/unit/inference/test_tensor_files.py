@@ -9,6 +9,7 @@ from little_space import little_space
 
 from megarq.errors import CheckpointError
 from megarq.inference.tensor_files import read_tensors, write_tensors
+from megarq.parallel.topology import TensorGroup
 
 
 @pytest.fixture
@@ -19,6 +20,11 @@ def tensors():
 
 def write(folder, tensors, part_bytes=10**9):
     write_tensors(folder, "model", tensors, tensors.__getitem__, part_bytes)
+
+
+def cut(tensor, dim):
+    tensor.partition_dim = dim
+    return tensor
 
 
 def read(folder, tensors):
@@ -45,6 +51,21 @@ def test_tensors_are_converted_to_the_dtype_asked_for(tmp_path, tensors):
     like = {name: tensor.to("meta", torch.bfloat16) for name, tensor in tensors.items()}
     write_tensors(tmp_path, "model", like, tensors.__getitem__)
     assert read(tmp_path, tensors)["layer.0"].equal(tensors["layer.0"].bfloat16().float())
+
+
+def test_a_rank_reads_its_part_of_a_cut_tensor(tmp_path, tensors):
+    write(tmp_path, tensors)
+    for dim, shape in ((0, (2, 8)), (1, (4, 4))):
+        targets = {name: cut(torch.zeros(shape), dim) for name in tensors}
+        read_tensors(tmp_path, "model", targets, tp=TensorGroup(rank=1, size=2))
+        assert all(torch.equal(targets[name], whole.chunk(2, dim)[1]) for name, whole in tensors.items())
+    with pytest.raises(CheckpointError, match=r"layer.0 is \[4, 8\], not \[4, 16\]"):
+        read_tensors(
+            tmp_path,
+            "model",
+            {name: cut(tensor, 1) for name, tensor in tensors.items()},
+            tp=TensorGroup(rank=1, size=2),
+        )
 
 
 def test_a_tensor_of_another_shape_is_not_written(tmp_path, tensors):

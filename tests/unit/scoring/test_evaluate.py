@@ -329,6 +329,7 @@ def test_a_drawn_set_tells_of_its_model_in_the_result(words, tmp_path):
     assert result["metrics"]["clip"]["value"] == pytest.approx(0.105) and result["metrics"]["clip"]["resize"] == "to 1"
     assert (result["seed"], result["ema"], result["step"], result["model_fingerprint"]) == (7, True, 10, "f" * 64)
     assert result["images"]["keep_fraction"] == 0.5 and result["images"]["sampling"]["top_k"] == 1024
+    assert result["images"]["sampling"]["guidance"] == 1  # which sets of before there was guidance do not tell
     assert result["clip_scores"]["best"][0] == [19, pytest.approx(0.2)] and len(result["clip_scores"]["worst"]) == 16
     assert result["weights_sha256"] == {"clip": "c" * 64} and result["machine"]["cores"] >= 1
     assert "ffffffffffff, EMA, seed 7" in to_table(result) and "95% interval" in to_table(result)

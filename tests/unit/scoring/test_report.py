@@ -179,6 +179,14 @@ def test_rejection_sampling_is_told(page, result):
     assert page(result).row("Sampling")[0].endswith("candidates kept by resnet101 of sha256 63fe222763fe")
 
 
+def test_guidance_is_told_where_there_is_any(page, result):
+    told = page(result).row("Sampling")
+    result["images"]["sampling"]["guidance"] = 1.0
+    assert page(result).row("Sampling") == told
+    result["images"]["sampling"]["guidance"] = 4.0
+    assert page(result).row("Sampling")[0].endswith("guidance 4.0, fp32")
+
+
 def test_a_score_that_is_no_number_is_said_to_be_none(page, result):
     result["metrics"]["fid"] = {"value": float("nan"), "interval": None}
     assert page(result).row("FID") == ["not a number"]
