@@ -31,20 +31,26 @@ SLOW = [24, 24, 3]
 class Server:
     """A page served by a process of its own."""
 
-    def __init__(self, folder: Path, *options: object) -> None:
+    def __init__(self, folder: Path, temporary: Path, *options: object) -> None:
         self.port = free_port()
+        self.temporary = temporary
+        self.log = temporary.with_suffix(".log")
         command = [sys.executable, "tools/demo_app.py", folder, "--port", self.port, *options]
-        self.process = subprocess.Popen(
-            [*map(str, command)], cwd=ROOT, env={**os.environ, **ON_CPU}, text=True, stdout=subprocess.PIPE
-        )
+        environment = {**os.environ, **ON_CPU, "TMPDIR": str(temporary)}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*map(str, command)], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=log
+            )
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()
         assert self.address == f"http://127.0.0.1:{self.port}"
 
-    def close(self) -> int:
-        """End it as a service manager does; its status."""
+    def close(self) -> None:
+        """End it as a service manager does: it has never failed, and leaves no pictures behind."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(SECONDS)
+        assert self.process.wait(SECONDS) == 0
+        assert "Traceback" not in self.log.read_text()
+        assert list(self.temporary.glob("megarq-page-*")) == []
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +65,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def serve(models: dict[str, Path]) -> Iterator[Callable[..., Server]]:
+def serve(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     """`serve("captions", *options)`: the page of a model; all are ended when the module is done."""
     servers: dict[tuple[object, ...], Server] = {}
 
     def start(*asked: object) -> Server:
         if asked not in servers:
-            servers[asked] = Server(models[str(asked[0])], *asked[1:])
+            servers[asked] = Server(models[str(asked[0])], tmp_path_factory.mktemp("temporary"), *asked[1:])
         return servers[asked]
 
     yield start
-    assert [server.close() for server in servers.values()] == [0] * len(servers)
+    for server in servers.values():
+        server.close()
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +225,20 @@ def test_a_drawing_shows_how_far_it_is_and_can_be_stopped(visit: Callable[..., V
     assert visitor.page.locator("#grid button img").count() == 0
     sync_api.expect(visitor.page.get_by_role("button", name="Draw")).to_be_enabled()
     visitor.draw(2)
+
+
+def test_one_drawing_waits_for_another(visit: Callable[..., Visitor]) -> None:
+    first, second = visit("slow"), visit("slow")
+    for visitor in (first, second):
+        visitor.fill(Prompt="two", Pictures=16)
+    first.press("Draw")
+    first.page.locator("#grid").filter(has_text="stacks").wait_for()
+    second.press("Draw")
+    second.page.locator("#grid").filter(has_text="queue: 1/1").wait_for()
+    first.press("Stop")
+    second.page.locator("#grid").filter(has_text="stacks").wait_for()
+    second.press("Stop")
+    second.message("Stopped.")
 
 
 WRONG = {
