@@ -47,22 +47,22 @@ def parser() -> argparse.ArgumentParser:
 
 def serve(page: Page, folder: Path, options: argparse.Namespace, passwords: Passwords | None) -> None:
     """Serve until this process is interrupted or terminated; files are kept in `folder`."""
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder)}  # before gradio is imported
+    # Before Gradio is imported. It asks for its own page once it serves it, which is not a proxy's business.
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder), "no_proxy": "*"}
     try:
         from megarq.page import layout
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"the web page needs {error.name}, which is missing. Run `pip install megarq[app]`."
-        ) from None
+        raise ConfigError(f"the web page needs the package {error.name}. Run `pip install -e '.[app]'`.") from None
     blocks = layout.build(page, folder, f"MegaRQ: {options.folder.resolve().name}")
+    host = f"[{options.host}]" if ":" in options.host else options.host  # as in an address
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     try:
-        layout.launch(blocks, page, options.host, options.port, passwords)
+        layout.launch(blocks, page, host, options.port, passwords)
     except OSError:
         raise ConfigError(f"--port {options.port} of {options.host} cannot be used. Give another --port.") from None
-    print(f"http://{options.host}:{options.port}", flush=True)
+    print(f"http://{host}:{options.port}", flush=True)
     ended.wait()
     page.close()
     blocks.close(verbose=False)

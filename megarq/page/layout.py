@@ -28,7 +28,7 @@ STYLE = """
 footer { display: none !important }
 .gradio-container { max-width: 1100px !important; margin: auto !important }
 .grid-wrap { min-height: 0 !important }
-.grid-container { padding-top: 2.2rem }
+.grid-container { padding-top: 2.2rem; grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important }
 """
 SHARP = ".grid-container img { image-rendering: pixelated }"
 ONE_QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
@@ -182,7 +182,7 @@ def build(page: Page, folder: Path, title: str) -> gr.Blocks:
                     label="The chosen picture, depth by depth", columns=config.depth, elem_id="refined", **GALLERY
                 )
                 file = gr.DownloadButton("Download the chosen picture", interactive=False)
-                history = gr.Gallery(label="Drawn before", columns=8, elem_id="history", **GALLERY)
+                history = gr.Gallery(label="Drawn before", columns=5, elem_id="history", **GALLERY)
         fields = [subject, count, temperature, top_k, top_p, guidance, seed]
         shown = [grid, refined, file, history]
         begun = gr.on([draw.click, subject.submit], events.begin, None, [draw, stop], **AT_ONCE)

@@ -36,7 +36,8 @@ class Server:
         self.temporary = temporary
         self.log = temporary.with_suffix(".log")
         command = [sys.executable, "tools/demo_app.py", folder, "--port", self.port, *options]
-        environment = {**os.environ, **ON_CPU, "TMPDIR": str(temporary)}
+        nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy")}  # of no use, and not asked
+        environment = {**os.environ, **ON_CPU, **nowhere, "TMPDIR": str(temporary)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [*map(str, command)], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=log
