@@ -36,7 +36,7 @@ class Server:
         self.temporary = temporary
         self.log = temporary.with_suffix(".log")
         command = [sys.executable, "tools/demo_app.py", folder, "--port", self.port, *options]
-        nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy")}  # of no use, and not asked
+        nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # of no use, and not asked
         environment = {**os.environ, **ON_CPU, **nowhere, "TMPDIR": str(temporary)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
