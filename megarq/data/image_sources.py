@@ -49,7 +49,7 @@ def open_images(patterns: Sequence[str], max_bad_rate: float = 0.01) -> ImageSou
 
     Raises: DataError for what is missing, holds no picture, or has more faults in its headers than `max_bad_rate`.
     """
-    faults = Faults(max_bad_rate)
+    faults = Faults(max_bad_rate, setting="data.max_bad_rate")
     sources: list[ImageSource] = []
     for kind, group in groupby(dict.fromkeys(patterns), _kind):
         if kind == "shards":
