@@ -13,7 +13,7 @@ install: .venv/.installed
 
 .venv/.installed: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[train,lsun,eval,demo,dev,mpi,remote]'
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[train,lsun,eval,demo,app,dev,mpi,remote]'
 	touch $@
 
 demo: install

@@ -2,7 +2,7 @@
 
 Timed is ImageGenerator with random weights: the codes of a batch, then their decoding to 8-bit pictures in the host's
 memory. The limit is the least time that megarq/planning/sampling.py counts for both: bytes of weights and caches over
-the bandwidth, and FLOPs over the peak of products in --dtype, though the RQ-VAE decodes in fp32.
+the bandwidth, and FLOPs over the peak of products in --dtype (in fp16, the RQ-VAE decodes in fp32 all the same).
 
 --compare-naive draws the same batch without caches: for each of the T * D codes RQTransformer's whole forward pass, as
 training runs it, with all pictures of the batch: the body over L + T - 1 tokens, the head and the classifier over T * D
@@ -276,7 +276,7 @@ def measure_batch(models: Pretrained, batch: int, speeds: dict[str, Speed], args
     number = models.transformer.body_input.positions.element_size()
     work = {
         "codes": codes_work(config, batch, len(cond.unique(dim=0)), number, guided=args.guidance != 1),
-        "decoding": decoding_work(models.rqvae.config, batch),
+        "decoding": decoding_work(models.rqvae.config, batch, models.rqvae.post_quant_conv.weight.element_size()),
     }
     rates = speeds["bandwidth_gb_s"].value * 1e9, speeds["peak_tflops"].value * 1e12
     limit = {part: each.seconds(*rates) / batch for part, each in work.items()}

@@ -6,23 +6,20 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from tqdm import tqdm
 
 from megarq import cli
 from megarq.data.picture_items import prompt_items
 from megarq.data.picture_set import Item
 from megarq.errors import ConfigError
-from megarq.files import write_atomically
 from megarq.inference.drawing import PICTURES_PER_TAR, Rank, chosen_sampling
-from megarq.inference.drawing_command import asked_device, asked_model, draw_items, warn_on_rank_zero
-from megarq.inference.export import DTYPES
+from megarq.inference.drawing_command import asked_device, asked_model, draw_items, loaded, warn_on_rank_zero
 from megarq.inference.generator import ImageGenerator
 from megarq.inference.options import add_sampling_options
+from megarq.inference.png import write_png
 from megarq.scoring.rankers import ClassRanker, ClipRanker
 
 EXAMPLE = """examples:
@@ -85,17 +82,6 @@ def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
         row, column = divmod(index, columns)
         sheet.paste(picture, (PAD + column * (width + PAD), PAD + row * (height + PAD)))
     return sheet
-
-
-def write_png(path: Path, picture: Image.Image, facts: dict[str, Any]) -> None:
-    """Write a PNG with one text chunk for each fact."""
-    chunks = PngImagePlugin.PngInfo()
-    for key, value in facts.items():
-        chunks.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-    content = BytesIO()
-    picture.save(content, "PNG", pnginfo=chunks)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content.getvalue())
 
 
 def keep_best(
@@ -175,9 +161,14 @@ def draw_grid(options: argparse.Namespace) -> None:
             f"--count {options.count} of {len(asked)} prompts or classes: a grid holds at most {MOST_IN_GRID:,} "
             "pictures. Use --prompts-file for more."
         )
-    generator = ImageGenerator.from_pretrained(
-        options.model, asked_device(options.device), DTYPES[options.dtype], options.batch_size
-    )
+    with loaded(options, asked_device(options.device)) as generator:
+        if generator is not None:
+            write_grid(options, generator, output)
+
+
+def write_grid(options: argparse.Namespace, generator: ImageGenerator, output: Path) -> None:
+    """Draw what is asked, choose the best of it, and write the PNG."""
+    asked = options.prompts or options.classes or [None]
     rank = None if options.keep_best is None else find_ranker(options, generator)
     settings = chosen_sampling(generator.info, vars(options)) | {"seed": options.seed}
     with tqdm(total=len(asked) * options.count * generator.positions, unit="stack", desc="sampling", delay=0.2) as bar:
@@ -190,11 +181,7 @@ def draw_grid(options: argparse.Namespace) -> None:
     columns = shown if len(asked) > 1 else math.ceil(math.sqrt(shown))
     facts = {"prompts": options.prompts, "classes": options.classes, "count": options.count, **settings}
     facts |= {"keep_best": options.keep_best, "scores": scores}
-    write_png(
-        output,
-        grid(pictures, columns),
-        {"Software": "MegaRQ", **{key: value for key, value in facts.items() if value is not None}},
-    )
+    write_png(output, grid(pictures, columns), facts)
     print(f"{output}: {len(pictures)} pictures, {json.dumps(settings)}")
 
 

@@ -110,6 +110,7 @@ class TransformerTask:
             *(model, cond, sampling.top_k, sampling.top_p, sampling.temperature),
             seed=self._config.train.seed,
             guidance=guidance,
+            captured=False,
         )
         images = self._rqvae.decode(codes).clamp(-1, 1).add(1).div(2)
         return make_grid(images.cpu(), nrow=max(1, round(len(images) ** 0.5))), text

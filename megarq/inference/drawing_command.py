@@ -7,7 +7,8 @@ torchrun, deepspeed, srun, mpirun        a worker for each rank; sbatch --array 
 import argparse
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -19,11 +20,11 @@ from megarq.data.picture_items import check_count
 from megarq.data.picture_set import Item, begin_set
 from megarq.errors import ConfigError
 from megarq.inference.drawing import PICTURES_PER_TAR, draw_pictures, drawing_settings, lay_out
-from megarq.inference.export import DTYPES
 from megarq.inference.generator import ImageGenerator
 from megarq.inference.model_folder import ModelInfo, read_info
-from megarq.inference.options import add_sampling_options
+from megarq.inference.options import DRAWING_DTYPES, add_sampling_options
 from megarq.inference.pretrained import find_device
+from megarq.inference.sharing import shared_generator
 from megarq.launch.environment import read_environment, worker_place
 from megarq.launch.process_group import rank_device
 
@@ -123,13 +124,24 @@ def asked_model(folder: Path, *conditions: str) -> ModelInfo:
     return info
 
 
+@contextmanager
+def loaded(args: argparse.Namespace, device: torch.device) -> Iterator[ImageGenerator | None]:
+    """The model of the command; where ranks share it, the first calls it, and the others get None when it is done."""
+    asked = (args.model, device, DRAWING_DTYPES[args.dtype], args.batch_size)
+    if args.tp == 1:
+        yield ImageGenerator.from_pretrained(*asked)
+    else:
+        with shared_generator(*asked, args.tp) as generator:
+            yield generator
+
+
 def draw_items(args: argparse.Namespace, info: ModelInfo, items: Sequence[Item], make_ranker: MakeRanker) -> None:
     """Draw a set as the options say, together with whoever else does, and tell how it ended.
 
     make_ranker is called where candidates are ranked.
     """
     environment = read_environment(os.environ, meet=False)
-    number, workers = worker_place(os.environ, environment)
+    number, workers = worker_place(os.environ, environment) if args.tp == 1 else (0, 1)
     device = asked_device(args.device)
     threads = args.threads if device.type == "cpu" else 0
     if device.type == "cpu":
@@ -155,12 +167,16 @@ def draw_items(args: argparse.Namespace, info: ModelInfo, items: Sequence[Item],
         rank = make_ranker(args.ranker_weights, device)
         settings = replace(settings, ranker={"network": rank.network, "sha256": rank.sha256})
     pictures = begin_set(args.output, settings, places)
-    if len(pictures.done()) == len(pictures.files):
+    if args.tp == 1 and len(pictures.done()) == len(pictures.files):
         complete = pictures.finish()
     else:
-        generator = ImageGenerator.from_pretrained(args.model, device, DTYPES[args.dtype], args.batch_size)
-        shown = environment.rank == 0
-        complete = draw_pictures(generator, items, pictures, rank=rank, number=number, workers=workers, progress=shown)
+        with loaded(args, device) as generator:
+            if generator is None:
+                return
+            shown = environment.rank == 0
+            complete = draw_pictures(
+                generator, items, pictures, rank=rank, number=number, workers=workers, progress=shown
+            )
     if complete:
         tars = "" if settings.pictures_per_tar is None else f" in {len(pictures.files)} tars"
         print(f"{args.output}: {len(items)} pictures{tars}, complete")

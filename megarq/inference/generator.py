@@ -12,7 +12,7 @@ import logging
 import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from megarq.config.run import SamplingConfig
 from megarq.errors import ConfigError
-from megarq.inference.frozen import Int8Weight, fastest_form
+from megarq.inference.frozen import Form, Int8Weight, fastest_form
 from megarq.inference.pretrained import Pretrained, find_device, load_pretrained
 from megarq.inference.sampling import CodeSampler, Guidance, Progress, check_condition
-from megarq.inference.settings import Counts, Shares, check_guidance, check_seed, depth_settings
+from megarq.inference.settings import Counts, DepthSettings, Shares, check_guidance, check_seed, depth_settings
 from megarq.parallel.topology import ALONE, TensorGroup
 
 logger = logging.getLogger(__name__)
@@ -44,12 +44,15 @@ class ImageGenerator:
         self.transformer = model.transformer
         """Called with codes [B, H, W, D] and cond [B, L]: logits [B, H, W, D, K], and [B, L-1, V] or None."""
         self.rqvae = model.rqvae.requires_grad_(False)
-        """encode, quantize, soft_codes, decode; frozen, and always fp32."""
+        """encode, quantize, soft_codes, decode; frozen, and fp32 but for the decoder of a model loaded in bf16."""
         self.tokenizer = model.tokenizer
         """None for a model without captions, or imported without tokenizer."""
         self.info = model.info
         """What the folder's config.json says."""
         self.batch_size = batch_size
+        if self.transformer.body_input.positions.dtype == torch.bfloat16:  # fp16 has not the range
+            for part in (self.rqvae.post_quant_conv, self.rqvae.decoder):
+                part.to(torch.bfloat16).to(memory_format=torch.channels_last)
         self._sampler = CodeSampler(self.transformer)
 
     @classmethod
@@ -59,25 +62,28 @@ class ImageGenerator:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = BATCH,
-        int8: bool = False,
         tp: TensorGroup = ALONE,
-    ) -> "ImageGenerator":
+    ) -> Self:
         """Load an exported model.
 
         Args:
             folder: the --output of tools/export.py or tools/import_pretrained.py.
             device: where it runs.
-            dtype: of the RQ-Transformer.
+            dtype: of the RQ-Transformer, and where it is bf16, of the RQ-VAE's decoder; torch.int8 is bf16 but for the
+                linear layers, which are rounded to 8 bits and take half the memory.
             batch_size: pictures drawn at once, at most.
-            int8: hold the RQ-Transformer's linear layers in 8 bits, in half the memory of bf16; pictures differ then.
-            tp: ranks that share the RQ-Transformer, each of which makes the same calls and gets the same pictures.
+            tp: ranks that share the RQ-Transformer, each of which must make the same calls (see `sharing`).
 
         Raises:
             CheckpointError: the folder is missing, incomplete, damaged or of another format version.
             ConfigError: a device or dtype that cannot be used.
         """
         device = find_device(device)
-        form = Int8Weight if int8 else fastest_form(device, dtype)
+        form: Form | None = Int8Weight
+        if dtype == torch.int8:
+            dtype = torch.bfloat16
+        else:
+            form = fastest_form(device, dtype)
         return cls(load_pretrained(folder, device, dtype, form, tp), batch_size)
 
     @property
@@ -152,18 +158,23 @@ class ImageGenerator:
         cond = check_condition(self.transformer, cond)
         guided = self._guidance(self.sampling.guidance if guidance is None else guidance)
         indices = range(len(cond)) if indices is None else indices
-        parts = [
-            self._sampler.draw(
-                cond[first : first + self.batch_size],
-                each,
-                seed,
-                indices[first : first + self.batch_size],
-                progress,
-                guided,
-            )
-            for first in range(0, len(cond), self.batch_size)
-        ]
-        return torch.cat(parts)
+        return self._draw(cond, each, seed, list(indices), guided, progress)
+
+    def _draw(
+        self,
+        cond: Tensor,
+        settings: list[DepthSettings],
+        seed: int,
+        indices: list[int],
+        guidance: Guidance | None,
+        progress: Progress | None,
+    ) -> Tensor:
+        """Codes [B, H, W, D], in batches; everything is checked."""
+        size = self.batch_size
+        batches = [slice(first, first + size) for first in range(0, len(cond), size)]
+        return torch.cat(
+            [self._sampler.draw(cond[part], settings, seed, indices[part], progress, guidance) for part in batches]
+        )
 
     def _guidance(self, scale: float) -> Guidance | None:
         scale = check_guidance(scale, self.transformer.config.condition)
@@ -234,7 +245,7 @@ class ImageGenerator:
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
     """Images [B, 3, R, R] (or [B, 1, R, R]) in [-1, 1], clamped, as 8-bit pictures."""
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8).permute(0, 2, 3, 1)
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
     return [Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array) for array in pixels.numpy()]
 
 

@@ -4,8 +4,13 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from megarq.inference.export import DTYPES
 from megarq.inference.generator import BATCH
+
+DRAWING_DTYPES = {**DTYPES, "int8": torch.int8}
+"""What --dtype may be in drawing: int8 is bf16, but for the linear layers' weights."""
 
 
 def per_depth(convert: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -22,8 +27,8 @@ def per_depth(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 def add_sampling_options(
     arguments: argparse.ArgumentParser, top_k: int | None = None, top_p: float | None = None
 ) -> None:
-    """--top-k, --top-p, --temperature, --guidance, --seed, --dtype and --batch-size; `top_k` and `top_p` are the
-    defaults, None for the model's own."""
+    """--top-k, --top-p, --temperature, --guidance, --seed, --dtype, --batch-size and --tp; `top_k` and
+    `top_p` are the defaults, None for the model's own."""
     theirs = "default: the model's"
     arguments.add_argument(
         "--top-k",
@@ -48,7 +53,16 @@ def add_sampling_options(
         help=f"1 is none; more stresses the captions of a model that was trained with data.caption_dropout ({theirs})",
     )
     arguments.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default: 0)")
-    arguments.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the RQ-Transformer (default: fp32)")
+    arguments.add_argument(
+        "--dtype",
+        choices=DRAWING_DTYPES,
+        default="fp32",
+        help="of the RQ-Transformer; bf16 also of the decoder; int8: linear layers in 8 bits, the rest in bf16 "
+        "(default: fp32)",
+    )
     arguments.add_argument(
         "--batch-size", type=int, default=BATCH, help="pictures drawn at once (default: %(default)s)"
+    )
+    arguments.add_argument(
+        "--tp", type=int, default=1, metavar="N", help="share the model among the N ranks of the job (default: 1)"
     )

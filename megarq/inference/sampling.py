@@ -14,6 +14,7 @@ Shapes: B batch, T = H x W positions, D depth, L condition length, E width, K co
 """
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -77,6 +78,7 @@ class Sampler:
         self._placed = (on_gpu and transformer.tp.size == 1) if placed is None else placed
         self._captured = self._placed and on_gpu
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._passed: deque[torch.cuda.Event] = deque()
 
     @torch.no_grad()
     def draw(self, cond: Tensor, progress: Progress | None = None) -> Tensor:
@@ -94,9 +96,7 @@ class Sampler:
                     self._run_body(position - 1)
                 self._run_head(position)
                 if progress is not None:
-                    if self._captured:
-                        torch.cuda.synchronize(cond.device)
-                    progress(len(cond))
+                    self._report(progress, position)
         if not self._finite:
             raise ConfigError(
                 f"the model's hidden states are not finite in {self._context.dtype}: its weights are damaged, or too "
@@ -104,9 +104,23 @@ class Sampler:
             )
         return self._codes.unflatten(1, config.code_shape[:2]).clone()
 
+    def _report(self, progress: Progress, position: int) -> None:
+        """Tell of this position; on a GPU, which comes to it later, of the one before, once it has passed that."""
+        last = position + 1 == self.transformer.config.positions
+        if not self._captured:
+            progress(len(self._codes))
+            return
+        passed = torch.cuda.Event()
+        passed.record()
+        self._passed.append(passed)
+        while len(self._passed) > (0 if last else 1):
+            self._passed.popleft().synchronize()
+            progress(len(self._codes))
+
     def _start(self, cond: Tensor) -> None:
         """Read the conditions [B, L], each once however many pictures it has, and where guided the null condition."""
         self._place.zero_()
+        self._passed.clear()
         if self._guidance is not None:
             cond = torch.cat([cond, self._guidance.null.to(cond).expand_as(cond)])
         cond, rows = cond.unique(dim=0, return_inverse=True)
@@ -189,13 +203,14 @@ class Sampler:
                 _on_side_stream(step, self._place.device)
             self._place.zero_()
             self._graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graphs[key], pool=pool):
+            with torch.cuda.graph(self._graphs[key], pool=pool, capture_error_mode="thread_local"):
                 step()
 
     def _windowed_step(self, length: int) -> None:
         """The body's step at the place that the device knows."""
         place = self._place + self.transformer.config.cond_length
-        window = Window(place, torch.arange(length, device=place.device) <= place)
+        absent = torch.arange(length, device=place.device) > place
+        window = Window(place, self._context.new_zeros(length).masked_fill_(absent, float("-inf")))
         for cache in self._body_caches:
             cache.window = window
         stack = self._with_null(self._codes.index_select(1, self._place)[:, 0])
@@ -242,8 +257,10 @@ class Draws:
 class CodeSampler:
     """Draws codes for conditions of any number, keeping the sampler of the batch size and settings asked for last."""
 
-    def __init__(self, transformer: RQTransformer) -> None:
+    def __init__(self, transformer: RQTransformer, captured: bool = True) -> None:
+        """`captured` lets a GPU's steps be captured, once for each batch size and settings."""
         self.transformer = transformer
+        self._placed = None if captured else False
         self._kept: tuple[int, list[DepthSettings], float] | None = None
         self._sampler: Sampler | None = None
 
@@ -263,7 +280,7 @@ class CodeSampler:
         if self._kept != asked:
             self._sampler = None  # its memory is free before the next one's is taken
             self._draws = Draws(self.transformer, len(cond), settings)
-            self._sampler = Sampler(self.transformer, len(cond), self._draws, guidance)
+            self._sampler = Sampler(self.transformer, len(cond), self._draws, guidance, self._placed)
             self._kept = asked
         assert self._sampler is not None
         self._draws.seed(seed, indices)
@@ -281,6 +298,7 @@ def sample_codes(
     indices: Sequence[int] | None = None,
     progress: Progress | None = None,
     guidance: Guidance | None = None,
+    captured: bool = True,
 ) -> Tensor:
     """Draw one stack of codes for each condition.
 
@@ -294,6 +312,7 @@ def sample_codes(
         indices: the pictures' indices [B]; 0, 1, .. by default.
         progress: called after each position with B.
         guidance: its scale and null condition, for a model of captions.
+        captured: whether a GPU's steps are captured; not so where other work of the process is on the GPU as well.
 
     Returns:
         int64 [B, H, W, D], on the transformer's device.
@@ -307,7 +326,7 @@ def sample_codes(
     indices = range(len(cond)) if indices is None else indices
     if len(indices) != len(cond):
         raise ConfigError(f"{len(indices)} indices for {len(cond)} conditions: give one for each.")
-    return CodeSampler(transformer).draw(cond, settings, seed, indices, progress, guidance)
+    return CodeSampler(transformer, captured).draw(cond, settings, seed, indices, progress, guidance)
 
 
 def check_condition(transformer: RQTransformer, cond: Tensor) -> Tensor:

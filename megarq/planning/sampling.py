@@ -17,9 +17,6 @@ from megarq.config.models import RQTransformerConfig, RQVAEConfig
 from megarq.planning.counts import block_parameters, rqvae_parameters
 from megarq.planning.flops import block_flops, rqvae_flops, transformer_flops
 
-FP32 = 4
-"""Bytes of a number in the RQ-VAE, which is always fp32."""
-
 
 @dataclass(frozen=True)
 class Work:
@@ -55,9 +52,9 @@ def codes_work(config: RQTransformerConfig, batch: int, conditions: int, bytes_e
     )
 
 
-def decoding_work(config: RQVAEConfig, batch: int) -> Work:
-    """Decoding the codes of a batch in one pass."""
-    weights = FP32 * rqvae_parameters(config).trainable["decoder"]
+def decoding_work(config: RQVAEConfig, batch: int, bytes_each: int) -> Work:
+    """Decoding the codes of a batch in one pass, with numbers of so many bytes."""
+    weights = bytes_each * rqvae_parameters(config).trainable["decoder"]
     return Work(weights, 0, batch * rqvae_flops(config)["decoder"])
 
 

@@ -26,7 +26,7 @@ class Window(NamedTuple):
     place: Tensor
     """int64 [1]."""
     mask: Tensor
-    """bool [W]: which of the first W tokens of the caches there are, the next one included."""
+    """[W], what is added to the scores of the first W tokens of the caches: 0, or -inf where there is none yet."""
 
 
 class KeyValueCache:

@@ -123,3 +123,22 @@ def test_ctrl_c_is_one_line_and_status_130(tmp_path: Path) -> None:
     assert drawing.returncode == 130 and "Traceback" not in errors
     assert errors.splitlines()[-1] == "interrupted"
     assert not list(output.glob(".*.tmp"))
+
+
+def test_two_ranks_share_a_model_and_draw_what_one_draws(tmp_path: Path) -> None:
+    many = prompts_command(tmp_path)
+    few = (*many[:2], "--prompt", "a seven", "--count", "4", "--seed", "5")
+    for name, command in (("many", many), ("few.png", few)):
+        succeed(*command, "--output", tmp_path / "alone" / name)
+        outcomes = call_ranks(*command, "--tp", "2", "--output", tmp_path / "shared" / name, ranks=2)
+        assert [outcome.status for outcome in outcomes] == [0, 0], outcomes
+        assert outcomes[0].printed and not outcomes[1].printed
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert contents(alone / "many") == contents(shared / "many")
+    assert (alone / "few.png").read_bytes() == (shared / "few.png").read_bytes()
+
+
+def test_a_model_is_shared_by_all_ranks_of_a_job_or_not_at_all(tmp_path: Path) -> None:
+    outcomes = call_ranks(*prompts_command(tmp_path), "--tp", "4", "--output", tmp_path / "many", ranks=2)
+    assert all(outcome.status == 2 for outcome in outcomes), outcomes
+    assert "--tp 4 in a job of 2 ranks" in outcomes[0].errors and "torchrun --nproc_per_node 4" in outcomes[0].errors

@@ -140,7 +140,7 @@ def test_speeds_and_shares_are_of_the_seconds_and_the_limit(result):
         assert row["images_per_second"] == pytest.approx(1 / per_image["both"])
         limit = row["limit_seconds_per_image"]
         assert limit["codes"] == pytest.approx(codes_work(model, batch, batch, 4).seconds(20e9, 0.5e12) / batch)
-        assert limit["decoding"] == pytest.approx(decoding_work(rqvae, batch).seconds(20e9, 0.5e12) / batch)
+        assert limit["decoding"] == pytest.approx(decoding_work(rqvae, batch, 4).seconds(20e9, 0.5e12) / batch)
         assert limit["both"] == pytest.approx(limit["codes"] + limit["decoding"])
         assert row["share_of_limit"]["both"] == pytest.approx(limit["both"] / per_image["both"])
     assert result["speeds"]["peak_tflops"] == {"value": 0.5, "origin": "given"}

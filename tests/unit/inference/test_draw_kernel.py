@@ -1,9 +1,8 @@
 """The Triton kernel in Triton's interpreter, held against the draw in PyTorch; tests/gpu runs it compiled."""
 
-import importlib
-
 import pytest
 import torch
+from interpreted_kernels import interpreted_draw
 
 from megarq.inference.settings import DepthSettings
 
@@ -12,10 +11,8 @@ SETTINGS = [(10**6, 1.0, 1.0), (3, 1.0, 1.0), (10**6, 0.6, 0.7), (40, 0.9, 1.3),
 
 @pytest.fixture(scope="module")
 def draw():
-    """The kernel, interpreted on the CPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        yield importlib.import_module("megarq.inference.draw_kernel").draw
+    with interpreted_draw() as draw:
+        yield draw
 
 
 @pytest.mark.parametrize("classes", [1, 3, 100, 4099])

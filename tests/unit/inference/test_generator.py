@@ -69,6 +69,47 @@ def test_bf16_draws_pictures(folders):
     assert len(generator.generate(prompts=["two"], count=2)) == 2
 
 
+def test_a_model_in_bf16_decodes_in_bf16_and_encodes_in_fp32(folders, text):
+    rounded = ImageGenerator.from_pretrained(folders["text"], dtype=torch.bfloat16)
+    codes = text.sample_codes(text.conditions(["two"] * 8), seed=1)
+    theirs, ours = (
+        np.stack([np.asarray(picture, np.int16) for picture in generator.decode(codes)])
+        for generator in (text, rounded)
+    )
+    assert 0 < np.abs(ours - theirs).mean() < 2
+    images = text.rqvae.decode(codes)
+    assert torch.equal(rounded.rqvae.encode(images), text.rqvae.encode(images))
+
+
+def test_fewer_depths_decode_to_coarser_pictures(text):
+    codes = text.sample_codes(text.conditions(["two"]), seed=1)
+    for depth in (1, 2, 3):
+        assert same(text.decode(codes, depth), to_pictures(text.rqvae.decode(codes, depth)))
+    assert not same(text.decode(codes, 1), text.decode(codes)) and same(text.decode(codes, 3), text.decode(codes))
+
+
+GUIDED = {"prompts": ["a seven"], "count": 8, "seed": 2}
+
+
+def test_guidance_is_held_against_the_empty_caption(text):
+    assert same(text.generate(**GUIDED, guidance=1), text.generate(**GUIDED))
+    assert not same(text.generate(**GUIDED, guidance=4), text.generate(**GUIDED))
+    empty = torch.tensor([text.tokenizer.encode("", 4)] * 8)
+    unguided = text.decode(text.sample_codes(empty, seed=2))
+    assert same(text.generate(**GUIDED, guidance=0), unguided)
+
+
+@pytest.mark.parametrize("guidance", [-1, float("nan"), float("inf"), "much"])
+def test_guidance_that_is_no_scale_is_refused(text, guidance):
+    with pytest.raises(ConfigError, match="guidance=.*: give a number of 0 or more"):
+        text.generate(**GUIDED, guidance=guidance)
+
+
+def test_guidance_of_classes_is_refused(classes):
+    with pytest.raises(ConfigError, match=r"guidance=2: the model's condition is class, .* Use guidance 1"):
+        classes.generate(classes=[1], guidance=2)
+
+
 def test_classes_come_class_by_class(classes):
     pictures = classes.generate(classes=[3, 1], count=2)
     codes = classes.sample_codes(torch.tensor([[3], [3], [1], [1]]))

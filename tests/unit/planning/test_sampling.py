@@ -88,7 +88,7 @@ def test_decoding_reads_the_decoder_once_and_computes_each_picture() -> None:
     with FlopCounterMode(display=False) as counter:
         rqvae.decode(codes)
     weights = sum(p.numel() for part in (rqvae.post_quant_conv, rqvae.decoder) for p in part.parameters())
-    assert decoding_work(rqvae.config, 3) == Work(4 * weights, 0, counter.get_total_flops())
+    assert decoding_work(rqvae.config, 3, 4) == Work(4 * weights, 0, counter.get_total_flops())
 
 
 def test_the_limit_adds_reading_and_computing() -> None:
