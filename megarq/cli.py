@@ -7,11 +7,13 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from types import TracebackType
 
 from megarq.errors import ConfigError, DivergenceError, MegarqError
 from megarq.launch.environment import read_environment
 
 SECONDS_FOR_RANK_ZERO = 5
+INTERRUPTED = "interrupted"
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 
 
@@ -35,9 +37,20 @@ def run(main: Callable[[], None]) -> int:
         print(f"error: {error.filename}: {error.strerror}. Check the path, its rights and the disk.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
     return 0
+
+
+def _say_interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In place of the traceback of Ctrl-C while a command still imports, or already ends."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(INTERRUPTED, file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _say_interrupted
 
 
 def _rank() -> int:

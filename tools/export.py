@@ -1,12 +1,15 @@
 """Export a training run to one folder, ready for tools/sample.py, megarq.ImageGenerator or tools/pretokenize.py."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megarq import cli
 from megarq.inference.authors_export import export_authors
 from megarq.inference.export import DTYPES, export_run
+from megarq.inference.model_folder import ModelInfo
 from megarq.inference.tensor_files import PART_BYTES
 
 EXAMPLE = """examples:
@@ -44,6 +47,21 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
+def import_command(folder: Path, info: ModelInfo) -> str:
+    """What is typed to read a folder in the authors' layout."""
+    words = [
+        "python",
+        "tools/import_pretrained.py",
+        "--rqvae",
+        folder if info.transformer is None else folder / "rqvae",
+    ]
+    if info.transformer is not None:
+        words += ["--rqtransformer", folder / "rqtransformer"]
+    if info.tokenizer is not None:
+        words += ["--tokenizer", folder / info.tokenizer]
+    return shlex.join(map(str, [*words, "--output", "MODEL"]))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parser().parse_args(argv)
@@ -53,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{options.output}: RQ-VAE {info.rqvae_fingerprint[:12]}")
     else:
         print(f"{options.output}: {info.transformer.condition} model, step {info.step}, {info.weights} weights")
+    if options.layout == "authors":
+        print(f"to read it back: {import_command(Path(options.output), info)}")
 
 
 if __name__ == "__main__":

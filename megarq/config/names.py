@@ -19,9 +19,13 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 def key_suggestion(key: str, known: Iterable[str]) -> str:
     """The same for dotted keys, where the last part must be near and the sections decide between equals.
 
-    `lr`, `trian.lr` and `model.lr` all find `train.lr`.
+    `lr`, `trian.lr` and `model.lr` all find `train.lr`; `log.every` finds all of `log` that end in `_every`.
     """
     sections, _, last = key.lower().rpartition(".")
+    known = list(known)
+    ends = [name for name in known if name.startswith(f"{sections}.") and name.endswith(f"_{last}")]
+    if ends and key not in known:
+        return f" Did you mean {' or '.join(ends)}?"
 
     def likeness(candidate: str) -> tuple[float, float]:
         there, _, name = candidate.lower().rpartition(".")

@@ -4,16 +4,21 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from enum import StrEnum
+from typing import Literal
 
 from megarq.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 
+OPTION: Literal["--max-bad-rate"] = "--max-bad-rate"
+
+
 class Fault(StrEnum):
     """Kinds of faults, by the name they have in logs and manifests."""
 
     UNREADABLE_IMAGE = "unreadable image"
+    WRONG_SIZE = "wrong size"
     NO_IMAGE = "no image"
     UNREADABLE_TEXT = "unreadable text"
     DUPLICATE_KEY = "duplicate key"
@@ -31,15 +36,21 @@ class TooManyFaultsError(DataError):
 class Faults:
     """Counts faults. Those that cost a sample are judged: above the accepted rate, the run stops."""
 
-    def __init__(self, max_rate: float = 0.01, grace: int = 1000) -> None:
+    def __init__(
+        self,
+        max_rate: float = 0.01,
+        grace: int = 1000,
+        setting: Literal["--max-bad-rate", "data.max_bad_rate"] = OPTION,
+    ) -> None:
         """max_rate: largest share of samples skipped; while fewer than `grace` are seen, `skip` takes it of `grace`.
 
-        Raises: DataError for a rate outside 0 <= max_rate < 1.
+        setting: what the user changes to accept more. Raises: DataError for a rate outside 0 <= max_rate < 1.
         """
         if not 0 <= max_rate < 1:
-            raise DataError(f"--max-bad-rate {max_rate}: use a share from 0 up to, but not including, 1.")
+            raise DataError(f"{setting}={max_rate}: use a share from 0 up to, but not including, 1.")
         self.max_rate = max_rate
         self.grace = grace
+        self._setting = setting
         self.seen = 0
         """Samples seen, used and skipped."""
         self.skipped = 0
@@ -87,6 +98,6 @@ class Faults:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.most_common())
             raise TooManyFaultsError(
                 f"{self.skipped} bad samples of {self.seen} seen, above the accepted rate of {self.max_rate} ({kinds}; "
-                f"all named in the log, the last: {self._last}). Copy or make them again, remove them, or accept "
-                "more (--max-bad-rate, or data.max_bad_rate of a run)."
+                f"all named in the log, the last: {self._last}). Copy or make them again, remove them, or accept more "
+                f"by {self._setting}."
             )

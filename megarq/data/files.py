@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import logging
+import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,19 @@ class HashingFile:
     def hexdigest(self) -> str:
         """The sha256 of the bytes written so far."""
         return self._sha256.hexdigest()
+
+
+def check_holds_pictures(source: str) -> None:
+    """Raise DataError for a local path that is neither a folder nor a tar; patterns and `*.tar` are left to be read."""
+    path = Path(source)
+    if not is_local(source) or set(source) & set("*?[{") or source.endswith(".tar") or path.is_dir():
+        return
+    if not path.exists() or not tarfile.is_tarfile(path):
+        what = "a file, but no tar" if path.exists() else "no such file or folder"
+        raise DataError(
+            f"{source}: {what}. Give a folder of pictures, image shards such as 'shards/*.tar', an LMDB or a set of "
+            "drawn pictures."
+        )
 
 
 def expand_shards(patterns: str | Sequence[str]) -> list[str]:

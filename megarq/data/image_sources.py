@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megarq.data.faults import Faults
-from megarq.data.files import expand_shards
+from megarq.data.files import check_holds_pictures, expand_shards
 from megarq.data.image_shards import IMAGE_EXTENSIONS, ImageIndex
 from megarq.data.image_stores import files_below, is_image
 from megarq.data.lmdb_images import LmdbImages, is_lmdb
@@ -49,7 +49,7 @@ def open_images(patterns: Sequence[str], max_bad_rate: float = 0.01) -> ImageSou
 
     Raises: DataError for what is missing, holds no picture, or has more faults in its headers than `max_bad_rate`.
     """
-    faults = Faults(max_bad_rate)
+    faults = Faults(max_bad_rate, setting="data.max_bad_rate")
     sources: list[ImageSource] = []
     for kind, group in groupby(dict.fromkeys(patterns), _kind):
         if kind == "shards":
@@ -67,10 +67,9 @@ def open_images(patterns: Sequence[str], max_bad_rate: float = 0.01) -> ImageSou
 def _kind(pattern: str) -> str:
     """What a pattern of --data names. A folder that holds tars is one of shards, unless it has both train and val."""
     path = Path(pattern)
-    if not is_local(pattern) or not path.exists():
-        return "shards"
-    if is_lmdb(path):
+    if is_local(pattern) and is_lmdb(path):
         return "lmdb"
+    check_holds_pictures(pattern)
     return "folder" if path.is_dir() and (_is_split(path) or not any(path.glob("*.tar"))) else "shards"
 
 

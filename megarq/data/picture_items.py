@@ -86,7 +86,9 @@ def caption_items(given: Sequence[str], count: int | None = None) -> list[Item]:
     An item's id is its line, counted from 0, or its key. Of several captions of a picture the first counts.
     Raises: DataError for lines of another kind, pictures without caption, or fewer items than `count`.
     """
-    if len(given) == 1 and Path(given[0]).is_file() and not given[0].endswith(".tar"):
+    if len(given) == 1 and given[0].lower().endswith((".csv", ".json")):
+        raise DataError(f"{given[0]} is no list like CC-3M's. Give it to evaluation/coco.py --items.")
+    if len(given) == 1 and (given[0].endswith(".tsv") or (Path(given[0]).is_file() and not given[0].endswith(".tar"))):
         return _first(_tsv_items(Path(given[0])), count, given[0])
     faults, items = Faults(), []
     for shard in expand_shards(given):
@@ -130,8 +132,12 @@ def _first(items: list[Item], count: int | None, source: str) -> list[Item]:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON ({error}). Check the path, or copy the file again.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}). Check the path.") from error
+    except ValueError as error:
+        raise DataError(
+            f"{path} cannot be read as JSON ({error}). Copy the file again; a .csv of captions is given to --items."
+        ) from error
 
 
 def _lines(path: Path) -> list[str]:

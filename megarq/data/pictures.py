@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from megarq.data.faults import Faults, TooManyFaultsError
-from megarq.data.files import expand_shards
+from megarq.data.files import check_holds_pictures, expand_shards
 from megarq.data.image_shards import IMAGE_EXTENSIONS, LOSSY_EXTENSIONS, scan_samples
 from megarq.data.lmdb_images import LmdbImages, is_lmdb
 from megarq.data.picture_set import PICTURES, PictureSettings
@@ -116,8 +116,7 @@ def _open(source: str) -> Pictures:
         if files:
             lossy = any(name.lower().endswith(LOSSY_EXTENSIONS) for name in files)
             return Pictures(source, "folder", len(files), lambda index: _read_file(files[index]), lossy=lossy)
-    elif not (folder.exists() or set(source) & set("*?[{") or source.endswith(".tar")):
-        raise DataError(f"{source}: no such folder or file. Check the path.")
+    check_holds_pictures(source)
     return _open_shards(source, expand_shards(source), None)
 
 

@@ -9,12 +9,14 @@ all decisions come from the source, so one seed gives one result.
 import io
 import random
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from megarq.data.faults import Fault
 from megarq.errors import DataError
 
 Transform = Callable[[Image.Image, int, random.Random], Image.Image]
@@ -38,6 +40,22 @@ def decode_rgb(data: bytes) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # damaged bytes, in the EXIF too, make Pillow raise anything
         raise unreadable(data, error) from error
+
+
+class WrongSizeError(DataError):
+    """A picture can be read, but not as it is."""
+
+
+class BadPicture(NamedTuple):
+    """Why a picture is skipped."""
+
+    kind: Fault
+    reason: str
+
+    @classmethod
+    def of(cls, error: Exception) -> "BadPicture":
+        """What to count where this was raised of a picture."""
+        return cls(Fault.WRONG_SIZE if isinstance(error, WrongSizeError) else Fault.UNREADABLE_IMAGE, str(error))
 
 
 def unreadable(data: bytes, error: Exception) -> DataError:
@@ -114,7 +132,7 @@ def _random_flip(image: Image.Image, source: random.Random) -> Image.Image:
 def _none(image: Image.Image, size: int, source: random.Random) -> Image.Image:
     """The picture as it is, which must be R x R."""
     if image.size != (size, size):
-        raise DataError(
+        raise WrongSizeError(
             f"a picture of {image.width}x{image.height} with transform none at resolution {size}. "
             f"Use transform center (--transform, or data.transform of a run), or pictures of {size}x{size}."
         )

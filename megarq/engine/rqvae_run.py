@@ -233,14 +233,14 @@ class RQVAETask:
         }
 
     def observe(self, step: int, values: Mapping[str, Any]) -> Findings:
-        """How the codes were used, how many pictures could not be read, and warnings."""
+        """How the codes were used, how many pictures could not be used, and warnings."""
         found = self._health.observe(step, values)
         counted = torch.tensor(self._skipped, device=self._device)
         dist.all_reduce(counted, group=self._groups.data)
         skipped = found.values["skipped_pictures"] = int(counted)
         self._skipped_so_far += skipped
         if skipped:
-            found.lines.append(f"unreadable pictures skipped: {skipped}, {self._skipped_so_far} since the start")
+            found.lines.append(f"pictures skipped: {skipped}, {self._skipped_so_far} since the start")
         return found
 
     def pictures(self) -> tuple[Tensor, str]:

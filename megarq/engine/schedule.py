@@ -3,6 +3,7 @@
 from math import cos, pi
 
 from megarq.config.run import TrainConfig
+from megarq.errors import ConfigError
 
 
 def learning_rate(step: int, total: int, warmup: int, config: TrainConfig, joined: int = 0) -> float:
@@ -18,7 +19,15 @@ def learning_rate(step: int, total: int, warmup: int, config: TrainConfig, joine
 
 
 def run_length(config: TrainConfig, samples: int) -> tuple[int, int]:
-    """Optimiser steps in all and of warm-up, for a data set of so many samples."""
+    """Optimiser steps in all and of warm-up, for a data set of so many samples.
+
+    Raises: ConfigError for a batch that would hold samples twice.
+    """
+    if config.global_batch_size > samples:
+        raise ConfigError(
+            f"train.global_batch_size={config.global_batch_size}: --data holds {samples} samples, less than a batch. "
+            f"Use {samples} or less, or more data."
+        )
     per_epoch = samples / config.global_batch_size
     steps = config.steps if config.steps is not None else max(1, round((config.epochs or 0) * per_epoch))
     return steps, config.warmup_steps + round(config.warmup_epochs * per_epoch)

@@ -114,13 +114,13 @@ class Session:
             beside: what the task trains beside the engine.
         """
         config, topology = self.config, self.groups.topology
+        steps, warmup = run_length(config.train, samples_per_epoch)
         engine = build_engine(module, config.train, self.ds, self.groups, decayed, self.device)
         state = EngineState(engine, self.groups, config.train.ema_decay, beside)
         step = 0
         if self.checkpoint is not None:
             state.load(self.checkpoint)
             step = self.checkpoint.metadata["step"]
-        steps, warmup = run_length(config.train, samples_per_epoch)
         plan = RunPlan(
             run=self.run,
             train=config.train,

@@ -158,7 +158,11 @@ def read_document(folder: str | Path) -> Mapping[str, Any]:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: give the folder that holds config.yaml and model.pt.") from error
+        below = sorted(str(found.parent) for found in Path(folder).glob("*/config.yaml"))
+        nearest = f" There {'is' if len(below) == 1 else 'are'} {', '.join(below)}." if below else ""
+        raise CheckpointError(
+            f"{path} is missing: give the folder that holds config.yaml and model.pt.{nearest}"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not YAML ({error}): copy it again.") from error
     if not isinstance(document, Mapping) or not isinstance(document.get("arch"), Mapping):

@@ -21,10 +21,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megarq.data.faults import Fault, Faults, TooManyFaultsError
+from megarq.data.faults import Faults, TooManyFaultsError
 from megarq.data.image_shards import ImageSample, read_samples
 from megarq.data.manifest import CodeSettings
-from megarq.data.transforms import decode_rgb, find_transform
+from megarq.data.transforms import BadPicture, decode_rgb, find_transform
 from megarq.errors import DataError
 from megarq.parallel.initialization import derived_seed
 
@@ -85,15 +85,15 @@ class Decoder:
         """The samples of a shard whose picture can be decoded, each with it [R, R, 3]."""
         for chunk, decoded in self._decoded(_readable(source, faults, self._settings.caption_field)):
             for sample, picture in zip(chunk, decoded, strict=True):
-                if isinstance(picture, str):
-                    faults.skip(source, sample.key, Fault.UNREADABLE_IMAGE, picture)
+                if isinstance(picture, BadPicture):
+                    faults.skip(source, sample.key, *picture)
                 else:
                     yield sample, picture
 
-    def _decoded(self, samples: Iterator[ImageSample]) -> Iterator[tuple[list[ImageSample], list[Pixels | str]]]:
+    def _decoded(self, samples: Iterator[ImageSample]) -> Iterator[tuple[list[ImageSample], list[Pixels | BadPicture]]]:
         """Chunks of samples in order, each with its pictures, or what is wrong with them."""
         ours = self._settings
-        waiting: deque[tuple[list[ImageSample], Future[list[Pixels | str]]]] = deque()
+        waiting: deque[tuple[list[ImageSample], Future[list[Pixels | BadPicture]]]] = deque()
         while chunk := list(islice(samples, CHUNK)):
             images = [(sample.image, derived_seed(ours.seed, sample.key)) for sample in chunk]
             if self._pool is None:
@@ -120,8 +120,8 @@ def _readable(source: str, faults: Faults, caption_field: str | None) -> Iterato
 
 
 def _result(
-    chunk: list[ImageSample], future: "Future[list[Pixels | str]]"
-) -> tuple[list[ImageSample], list[Pixels | str]]:
+    chunk: list[ImageSample], future: "Future[list[Pixels | BadPicture]]"
+) -> tuple[list[ImageSample], list[Pixels | BadPicture]]:
     try:
         return chunk, future.result()
     except BrokenProcessPool as error:
@@ -134,15 +134,15 @@ def _died() -> DataError:
     )
 
 
-def decode_pictures(images: list[tuple[bytes, int]], transform: str, resolution: int) -> list[Pixels | str]:
+def decode_pictures(images: list[tuple[bytes, int]], transform: str, resolution: int) -> list[Pixels | BadPicture]:
     """Encoded pictures with their seeds to pixels [R, R, 3], or what is wrong with them."""
-    decoded: list[Pixels | str] = []
+    decoded: list[Pixels | BadPicture] = []
     for image, seed in images:
         try:
             picture = find_transform(transform)(decode_rgb(image), resolution, random.Random(seed))
             decoded.append(np.asarray(picture, np.uint8))
         except DataError as error:
-            decoded.append(str(error))
+            decoded.append(BadPicture.of(error))
     return decoded
 
 

@@ -15,7 +15,7 @@ from megarq.data.faults import Faults
 from megarq.data.image_shards import read_samples
 from megarq.data.order import IntArray
 from megarq.data.sources import source_name
-from megarq.data.transforms import from_pixels
+from megarq.data.transforms import BadPicture, from_pixels
 from megarq.errors import DataError
 from megarq.inference.generator import to_pictures
 from megarq.parallel.initialization import derived_seed
@@ -149,7 +149,7 @@ def _originals(shard: CodeShards, chosen: Sequence[int], source: str) -> dict[in
         if image.key in by_key:
             seeded = [(image.image, derived_seed(ours.seed, image.key))]
             sample, [picture] = by_key.pop(image.key), decode_pictures(seeded, ours.transform, ours.resolution)
-            if not isinstance(picture, str):
+            if not isinstance(picture, BadPicture):
                 found[sample] = picture
         if not by_key:
             break

@@ -13,7 +13,7 @@ from megarq.data.pictures import Pictures, decode_plain, open_pictures
 from megarq.errors import ConfigError, DataError
 from megarq.scoring import scores
 from megarq.scoring.bootstrap import NORMAL, FrechetReplicates, check_replicates, interval, resample
-from megarq.scoring.features import Features, Layer, extract, other_size
+from megarq.scoring.features import Features, Layer, extract, no_prompt, other_size
 from megarq.scoring.networks import LAYERS, Clip, FeatureNetwork, build_network
 from megarq.scoring.protocols import Protocol
 from megarq.scoring.scores import METRICS, ScoreSettings, too_few
@@ -80,6 +80,13 @@ class Request:
             raise ConfigError(f"--reference-transform {self.reference_transform}: use one of {known}.")
         if self.batch_size < 1:
             raise ConfigError(f"--batch-size {self.batch_size}: use 1 or more.")
+        used = {self.network_of(metric) for metric in self.metrics}
+        unused, wanting = sorted(self.weights.keys() - used), sorted(used - self.weights.keys())
+        if unused and wanting:
+            raise ConfigError(
+                f"--feature-weights gives {self.weights[unused[0]]} for {unused[0]}, which --metrics "
+                f"{','.join(self.metrics)} does not use. Give {wanting[0]}=FILE, or leave it out."
+            )
 
     def network_of(self, metric: str) -> str:
         """Whose features a metric uses."""
@@ -150,6 +157,8 @@ def evaluate(request: Request) -> Scored:
     size = first_size(pictures)
     if "is" in request.metrics:
         scores.check_splits(request.settings, len(pictures))
+    if "clip" in request.metrics and (first := pictures[0]).prompt is None:
+        raise no_prompt(first.name)
     compared = any(metric in AGAINST_REFERENCE for metric in request.metrics)
     source = _open_reference(request.reference) if compared and request.reference else None
     if isinstance(source, Pictures):

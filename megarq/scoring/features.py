@@ -104,13 +104,17 @@ def extract(
 def _cosines(clip: Clip, batch: PictureBatch) -> Tensor:
     prompts = [prompt for prompt in batch.prompts if prompt is not None]
     if len(prompts) < len(batch.prompts):
-        bare = batch.names[batch.prompts.index(None)]
-        raise DataError(
-            f"no prompt beside picture {bare}, which the CLIP score needs. Give a picture set or shards with captions, "
-            "or leave clip out of --metrics."
-        )
+        raise no_prompt(batch.names[batch.prompts.index(None)])
     assert batch.views is not None, "the stream was given CLIP's view"
     return clip.cosines(batch.views, prompts)
+
+
+def no_prompt(name: str) -> DataError:
+    """What to raise where CLIP has nothing to compare a picture with."""
+    return DataError(
+        f"no prompt beside picture {name}, which the CLIP score needs. Give a picture set or shards with captions, or "
+        "leave clip out of --metrics."
+    )
 
 
 def other_size(size: tuple[int, int] | None, wanted: tuple[int, int]) -> DataError:

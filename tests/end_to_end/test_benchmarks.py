@@ -78,7 +78,7 @@ def test_photographs_are_trained_on_measured_and_drawn(tmp_path):
     few = ("--photographs", "coffee", "rocket", "--steps", 2, "--output", tmp_path / "run")
     small = ("model.resolution=32", "model.attention_resolutions=[1]", "model.codebook_size=16", "data.workers=0")
     out = ("--json", tmp_path / "out.json", "--pictures", tmp_path / "pictures.png")
-    succeed("benchmarks/photographs.py", *few, *out, *small)
+    succeed("benchmarks/photographs.py", *few, *out, *small, "train.global_batch_size=2")
     result = json.loads((tmp_path / "out.json").read_text())
     assert (result["pictures"], result["step"]) == (2, 2)
     assert [point["step"] for point in result["training"]] == [1, 2]

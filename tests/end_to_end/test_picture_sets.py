@@ -1,6 +1,7 @@
 """Picture sets drawn by the commands: on any number of ranks, killed and begun again, not a bit differs."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -102,6 +103,26 @@ def test_a_file_of_prompts_is_drawn_on_after_a_kill_with_the_same_bytes(tmp_path
     assert contents(output) == contents(tmp_path / "undisturbed")
     kept = [path for path, time_ns in there.items() if path.stat().st_mtime_ns == time_ns]
     assert len(kept) >= len(there) - 2  # at most the batch that was torn is made anew
+
+
+def test_ctrl_c_is_one_line_and_status_130(tmp_path: Path) -> None:
+    command, output = prompts_command(tmp_path), tmp_path / "set"
+    drawing = subprocess.Popen(
+        [sys.executable, *command, "--count", "1000", "--output", output],
+        cwd=ROOT,
+        env={**os.environ, **ON_CPU},
+        text=True,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + SECONDS
+    while not list(output.glob("*.png")):
+        assert time.monotonic() < deadline and drawing.poll() is None
+        time.sleep(0.01)
+    drawing.send_signal(signal.SIGINT)
+    _, errors = drawing.communicate(timeout=SECONDS)
+    assert drawing.returncode == 130 and "Traceback" not in errors
+    assert errors.splitlines()[-1] == "interrupted"
+    assert not list(output.glob(".*.tmp"))
 
 
 def test_two_ranks_share_a_model_and_draw_what_one_draws(tmp_path: Path) -> None:

@@ -98,6 +98,11 @@ def test_an_unknown_override_names_the_nearest(minimal: str, override: str, near
     assert f"unknown key {key} (command line)" in text and f"Did you mean {nearest}?" in text
 
 
+def test_a_key_without_its_beginning_finds_all_of_its_section(minimal: str) -> None:
+    nearest = "log.console_every or log.validate_every or log.sample_every"
+    assert f"unknown key log.every (command line). Did you mean {nearest}?" in message(minimal, "log.every=5")
+
+
 def test_an_unknown_key_in_the_file_names_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, MINIMAL + "model:\n  body:\n    hedas: 3\n")
     assert message(path) == f"unknown key model.body.hedas ({path}). Did you mean model.body.heads?"

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -151,3 +153,10 @@ def test_the_demos_transformer_fits_the_demos_rqvae() -> None:
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml")))
 def test_every_file_opens_with_what_it_is(name: str) -> None:
     assert (CONFIGS / "model" / f"{name}.yaml").read_text().startswith("# RQ-")
+
+
+def test_the_demos_rqvae_fits_its_adversarial_sibling_as_the_docs_say():
+    docs = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
+    typed = next(line for line in docs.splitlines() if "--output runs/rqvae-gan" in line)
+    changes = [word for word in typed.split() if word.startswith("model.")]
+    assert load_config("rqvae-demo-gan", changes).model == load_config("rqvae-demo").model

@@ -47,5 +47,5 @@ def test_rate_zero_accepts_no_skip() -> None:
 
 
 def test_a_rate_outside_its_range_is_refused() -> None:
-    with pytest.raises(DataError, match="--max-bad-rate 1"):
+    with pytest.raises(DataError, match="--max-bad-rate=1"):
         Faults(1.0)

@@ -1,12 +1,16 @@
 """Shard patterns and whole-or-nothing writing."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import pytest
+from captioned_tars import picture, write_tar
 
 from megarq.data.files import data_file, expand_shards
+from megarq.data.image_sources import open_images
+from megarq.data.pictures import open_pictures
 from megarq.errors import DataError
 
 
@@ -85,3 +89,21 @@ def test_an_interrupted_file_leaves_nothing(tmp_path: Path) -> None:
         file.write(b"half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "said"), [("nope", "no such file or folder"), ("notes.txt", "a file, but no tar")])
+@pytest.mark.parametrize("open_it", [open_pictures, lambda source: open_images([source])], ids=["scored", "trained on"])
+def test_what_holds_no_pictures_is_told_what_may(
+    tmp_path: Path, name: str, said: str, open_it: Callable[[str], object]
+) -> None:
+    (tmp_path / "notes.txt").write_text("no pictures")
+    told = (
+        rf"{name}: {said}\. Give a folder of pictures, image shards such as 'shards/\*\.tar', an LMDB or a set of drawn"
+    )
+    with pytest.raises(DataError, match=told):
+        open_it(str(tmp_path / name))
+
+
+def test_a_tar_of_any_name_holds_pictures(tmp_path: Path) -> None:
+    write_tar(tmp_path / "shard.bin", {"a.png": picture(0)})
+    assert len(open_images([str(tmp_path / "shard.bin")])) == len(open_pictures(tmp_path / "shard.bin")) == 1

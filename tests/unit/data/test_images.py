@@ -77,9 +77,33 @@ def test_each_batch_counts_the_pictures_skipped_for_it(
 def test_too_many_unreadable_pictures_stop_with_the_plain_error(
     make_tar: Callable[[str, Mapping[str, bytes]], str], workers: int
 ) -> None:
-    tar = make_tar("b.tar", {"bad.png": b"no picture"})
-    with pytest.raises(DataError, match=r"^11 bad samples of 11 seen"):
+    tar = make_tar("b.tar", {f"{number}.png": b"no picture" for number in range(12)})
+    with pytest.raises(DataError, match=r"^11 bad samples of 11 seen.* or accept more by data\.max_bad_rate"):
         images([tar], 1, workers=workers)
+
+
+def test_a_bad_picture_is_judged_once_however_many_epochs_it_comes_in(
+    make_tar: Callable[[str, Mapping[str, bytes]], str], png: Callable[[int], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    tar = make_tar("b.tar", {"bad.png": b"no picture", "good.png": png(1), "last.png": png(2)})
+    loader = ImageLoader(open_images([tar]), "none", 8, 3)
+    assert [batch.skipped for batch in islice(loader, 20)] == [1] * 20
+    assert caplog.text.count("skipped bad") == 1
+
+
+def test_pictures_none_of_which_can_be_used_stop_the_run(
+    make_tar: Callable[[str, Mapping[str, bytes]], str], png: Callable[[int], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    tar = make_tar("b.tar", {"a.png": png(1), "b.png": png(2)})
+    with pytest.raises(DataError, match="none of 2 pictures can be used"):
+        images([tar], 1, transform="none", resolution=16)
+    assert "wrong size: a picture of 8x8 with transform none at resolution 16" in caplog.text
+    assert "unreadable" not in caplog.text
+
+
+def test_a_rate_is_named_by_the_key_of_a_run(image_tars: list[str]) -> None:
+    with pytest.raises(DataError, match=r"^data\.max_bad_rate=1\.0: use a share"):
+        images(image_tars, 1, max_bad_rate=1.0)
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(image_tars: list[str]) -> None:

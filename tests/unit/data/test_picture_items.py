@@ -179,3 +179,25 @@ def test_a_text_file_without_captions_is_an_error(tmp_path: Path, content: bytes
         path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         prompt_items(path)
+
+
+@pytest.mark.parametrize(
+    ("read", "name", "message"),
+    [
+        (listed_items, "none.json", r"none.json cannot be read \(No such file or directory\)\. Check the path"),
+        (listed_items, "a.json", r"a.json cannot be read as JSON .* a \.csv of captions is given to --items"),
+        (lambda path: caption_items([str(path)]), "none.tsv", "none.tsv cannot be read .*No such file"),
+        (
+            lambda path: caption_items([str(path)]),
+            "a.csv",
+            r"a.csv is no list like CC-3M's\. Give it to .*coco.py --items",
+        ),
+    ],
+)
+def test_another_file_than_is_wanted_is_told(
+    tmp_path: Path, read: Callable[[Path], object], name: str, message: str
+) -> None:
+    for there in ("a.json", "a.csv"):
+        (tmp_path / there).write_text("caption,uid\na seven,1\n")
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / name)

@@ -176,7 +176,7 @@ def test_a_folder_of_nothing_or_of_two_kinds_is_refused(tmp_path, made, message)
 
 
 def test_what_is_missing_or_empty_is_named(tmp_path):
-    with pytest.raises(DataError, match="nowhere: no such folder or file. Check the path."):
+    with pytest.raises(DataError, match="nowhere: no such file or folder. Give a folder"):
         open_pictures(tmp_path / "nowhere")
     write_tar(tmp_path / "a.tar", {"a.txt": b"no picture"})
     with pytest.raises(DataError, match="has faults"):

@@ -6,6 +6,7 @@ import pytest
 
 from megarq.config.run import TrainConfig
 from megarq.engine.schedule import learning_rate, run_length
+from megarq.errors import ConfigError
 
 COSINE = TrainConfig(lr=2.0, schedule="cosine")
 CONSTANT = TrainConfig(lr=2.0, schedule="constant")
@@ -68,3 +69,9 @@ def test_a_run_has_at_least_one_step():
 def test_warmup_steps_and_epochs_add_up():
     config = TrainConfig(steps=1000, global_batch_size=10, warmup_steps=5, warmup_epochs=0.5)
     assert run_length(config, 1000) == (1000, 55)
+
+
+def test_a_batch_of_more_than_there_is_is_refused():
+    assert run_length(TrainConfig(steps=7, global_batch_size=50), 50)[0] == 7
+    with pytest.raises(ConfigError, match=r"train\.global_batch_size=64: --data holds 50 samples.*Use 50 or less"):
+        run_length(TrainConfig(steps=7, global_batch_size=64), 50)

@@ -338,6 +338,13 @@ def test_a_missing_config_is_named(models, write, tmp_path):
         import_pretrained(first, tmp_path / "model", second)
 
 
+def test_a_folder_of_a_whole_model_names_the_one_that_has_a_config(models, write, tmp_path):
+    first, second = write(models)
+    (second / "config.yaml").unlink()
+    with pytest.raises(CheckpointError, match=rf"config.yaml is missing: give the .* There is {first}\.$"):
+        import_pretrained(first.parent, tmp_path / "model")
+
+
 @pytest.mark.parametrize("text", ["a: [", "just words", "model: {}"])
 def test_a_config_that_describes_no_model_is_named(models, write, tmp_path, text):
     first, second = write(models)

@@ -1,5 +1,6 @@
 """The authors' layout, written: theirs to ours and back, ours to theirs and back, to the last bit."""
 
+import shlex
 from dataclasses import asdict, replace
 
 import pytest
@@ -14,7 +15,7 @@ from megarq.errors import CheckpointError, ConfigError
 from megarq.inference.authors import import_pretrained
 from megarq.inference.authors_export import export_authors
 from megarq.inference.first_weights import read_first_weights
-from megarq.inference.model_folder import read_info
+from megarq.inference.model_folder import model_fingerprint, read_info
 from megarq.inference.pretrained import load_pretrained, load_rqvae, save_rqvae
 from megarq.rqvae.model import RQVAE, fingerprint
 from megarq.text.tokenizer import TextTokenizer
@@ -113,11 +114,13 @@ def stage1_run(build, tmp_path):
 
 
 @pytest.mark.parametrize(("weights", "scale"), [("param", 1.0), ("ema", 2.0), (None, 2.0)])
-def test_a_run_of_stage_1_is_written(stage1_run, command, tmp_path, weights, scale):
+def test_a_run_of_stage_1_is_written(stage1_run, command, tmp_path, capsys, weights, scale):
     rqvae, run = stage1_run
     asked = [] if weights is None else ["--weights", weights]
     command([str(run), "--layout", "authors", "--output", str(tmp_path / "theirs"), *asked])
-    import_pretrained(tmp_path / "theirs", tmp_path / "again")
+    theirs = tmp_path / "theirs"
+    assert f"tools/import_pretrained.py --rqvae {theirs} --output MODEL" in capsys.readouterr().out
+    import_pretrained(theirs, tmp_path / "again")
     again = load_rqvae(tmp_path / "again")
     assert torch.equal(again.quant_conv.weight, scale * rqvae.quant_conv.weight)
     assert torch.equal(again.quantizer.codebook(0).embed_ema, rqvae.quantizer.codebook(0).embed_ema)
@@ -146,13 +149,18 @@ def stage2_run(build, tokenizer_file, tmp_path):
     return models, tmp_path / "run"
 
 
-def test_a_run_of_stage_2_is_written_with_its_tokenizer_and_sampling(stage2_run, command, tokenizer_file, tmp_path):
+def test_a_run_of_stage_2_is_written_with_its_tokenizer_and_sampling(
+    stage2_run, command, tokenizer_file, tmp_path, capsys
+):
     models, run = stage2_run
     theirs = tmp_path / "theirs"
     command([str(run), "--layout", "authors", "--output", str(theirs)])
     assert sorted(path.name for path in theirs.iterdir()) == ["rqtransformer", "rqvae", "tokenizer.json"]
     info = import_pretrained(theirs / "rqvae", tmp_path / "again", theirs / "rqtransformer", theirs / "tokenizer.json")
     assert asdict(info.sampling) == {"top_k": 5, "top_p": 0.9, "temperature": 1.0, "guidance": 3.0}
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("to read it back: python ")[2])
+    load_script(words[0]).main([*words[1:-1], str(tmp_path / "typed")])
+    assert model_fingerprint(tmp_path / "typed") == model_fingerprint(tmp_path / "again")
     again = load_pretrained(tmp_path / "again")
     assert same(dict(again.transformer.named_parameters()), dict(models.transformer.named_parameters()))
     assert again.tokenizer.vocab_size == TextTokenizer.load(tokenizer_file).vocab_size

@@ -45,6 +45,15 @@ def test_an_unreadable_picture_is_skipped_counted_and_named(
     assert f"skipped broken in {sources[1]}: unreadable image" in caplog.text
 
 
+def test_a_picture_of_another_size_is_said_to_be_one(
+    run: Run, sources: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    fitting = {f"fits{number}.png": picture(number, 8, 8) for number in range(2)}
+    write_tar(Path(sources[1]), fitting, mode="a")  # all others are 10x8
+    assert run(max_bad_rate=0.95, transform="none").faults["wrong size"] == 21
+    assert f"in {sources[0]}: wrong size: a picture of 10x8 with transform none at resolution 8" in caplog.text
+
+
 def test_a_truncated_shard_keeps_its_whole_samples(run: Run, sources: list[str], tmp_path: Path) -> None:
     data = Path(sources[0]).read_bytes()
     Path(sources[0]).write_bytes(data[: len(data) // 2])

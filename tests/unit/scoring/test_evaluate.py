@@ -343,6 +343,19 @@ def test_the_ranker_of_a_set_is_told_and_a_clip_score_by_the_ranker_warned_of(wo
     assert any("it measures the ranker" in warning for warning in result["warnings"]) == warned
 
 
+def test_pictures_without_prompts_are_told_of_before_weights_are_asked_for(many):
+    with pytest.raises(DataError, match="no prompt beside picture .*000.png, which the CLIP score needs"):
+        evaluate(ask(many, None, "clip", weights={"clip": Path("nowhere.safetensors")}))
+
+
+def test_a_file_for_a_network_that_nothing_uses_is_told_of(many):
+    with pytest.raises(
+        ConfigError, match="gives x.pth for inception, which --metrics clip does not use. Give clip=FIL"
+    ):
+        ask(many, None, "clip", weights={"inception": Path("x.pth")}).check()
+    ask(many, None, "clip", weights={"inception": Path("x.pth"), "clip": Path("y.pth")}).check()
+
+
 def test_pictures_without_prompts_have_no_clip_score(words, many, tmp_path):
     with pytest.raises(DataError, match="no prompt beside picture .*000.png, which the CLIP score needs"):
         evaluate(ask(many, None, "clip"))
