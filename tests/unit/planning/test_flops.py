@@ -131,7 +131,7 @@ def test_flops_of_the_discriminator_are_those_that_torch_counts(layers: int, mon
     model, images = RQVAE(VAE).train(), torch.zeros(1, 3, 16, 16)
     cpu = torch.device("cpu")
     with joined(read_environment({}), cpu):
-        adversary = Adversary(model, run, 1, ProcessGroups.build(Topology()), cpu)
+        adversary = Adversary(model, run, run.train.global_batch_size, ProcessGroups.build(Topology()), cpu)
         output = model(images)
         with FlopCounterMode(display=False) as counter:
             adversary.losses(images, output, RQVAELoss())
