@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from megarq.errors import ConfigError, DivergenceError, MegarqError
+from megarq.errors import ConfigError, DivergenceError, MegarqError, Stopped
 from megarq.launch.environment import read_environment
+from megarq.launch.stop import STOPPED
 
 SECONDS_FOR_RANK_ZERO = 5
 INTERRUPTED = "interrupted"
@@ -18,7 +19,9 @@ OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 
 
 def run(main: Callable[[], None]) -> int:
-    """Run a command and return its exit status: 0, 2 after printing a MegarqError on stderr, 130 when interrupted.
+    """Run a command and return its exit status.
+
+    0; 2 after printing a MegarqError on stderr; 75 where training stopped as asked; 130 when interrupted.
 
     A ConfigError or DivergenceError is the same on all ranks of a job, so rank 0 alone prints it.
     """
@@ -36,6 +39,10 @@ def run(main: Callable[[], None]) -> int:
             raise
         print(f"error: {error.filename}: {error.strerror}. Check the path, its rights and the disk.", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if rank == 0:
+            print(stopped)
+        return STOPPED
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
         return 130

@@ -19,3 +19,7 @@ class DivergenceError(MegarqError):
 
 class CheckpointError(MegarqError):
     """A checkpoint or exported model that is missing, incomplete, damaged or of another model."""
+
+
+class Stopped(Exception):  # noqa: N818 - it is no error
+    """A run that was asked to stop, has saved, and goes on when it is started again; the same on all ranks."""

@@ -9,6 +9,12 @@ A run goes on from its newest checkpoint when --output holds one.
 
 import argparse
 import sys
+
+if __name__ == "__main__":  # what comes while torch is imported, for seconds, is heard too
+    from megarq.launch.stop import listen
+
+    listen()
+
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -53,6 +53,7 @@ class CheckpointWriter:
         topology: Topology,
         start_step: int,
         say: Callable[[str], object] = logger.info,
+        published: Callable[[int, float], object] = lambda step, seconds: None,
         gather: Gather = gather_objects,
     ) -> None:
         """Prepare to save steps after `start_step`.
@@ -63,12 +64,13 @@ class CheckpointWriter:
             topology: which rank this is, of how many.
             start_step: where this run started: later steps on disk are of a future that it discards.
             say: where rank 0 tells what was saved.
+            published: called on rank 0, in a thread, with a step whose checkpoint can be seen, and the seconds it took.
             gather: an all-gather of a Python object over all ranks.
         """
         self._root = checkpoints_folder(run)
         self._config, self._rank, self._world_size = config, topology.rank, topology.world_size
         self._saved = start_step
-        self._say, self._gather = say, gather
+        self._say, self._published, self._gather = say, published, gather
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: list[Future[None]] = []
         self._cancelled = Event()
@@ -162,6 +164,7 @@ class CheckpointWriter:
 
     def _publish(self, step: int, temporary: Path, metadata: Mapping[str, Any]) -> None:
         """In rank 0's thread: wait for all ranks' files, then give the folder its name."""
+        start = time.monotonic()
         final = self._root / step_name(step)
         replaced = self._root / f".{final.name}.replaced"
         try:
@@ -180,7 +183,9 @@ class CheckpointWriter:
             self._prune(step)
         except Exception as error:  # as in _write
             raise self._failure(temporary, error) from error
-        self._say(f"step {step}: checkpoint saved")
+        seconds = time.monotonic() - start
+        self._say(f"step {step}: checkpoint saved, written in {seconds:.1f} s")
+        self._published(step, seconds)
 
     def _collect(self, temporary: Path) -> list[dict[str, Any]]:
         """The entries of all ranks' files, in order of rank."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from megarq.config.faults import FaultConfig
 from megarq.config.models import RQTransformerConfig, RQVAEConfig
 from megarq.config.ranges import AMOUNT, COUNT, POSITIVE, RATE, SHARE, Range, check_ranges
 from megarq.errors import ConfigError
@@ -218,13 +219,14 @@ class RQTransformerRunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def validate(self) -> None:
         """Raise ConfigError where anything in the run cannot be run."""
         for section in (
             *(self.model, self.objective, self.train, self.parallel),
-            *(self.data, self.checkpoint, self.log, self.sampling),
+            *(self.data, self.checkpoint, self.log, self.faults, self.sampling),
         ):
             section.validate()
         if self.data.caption_dropout and self.model.condition != "text":
@@ -366,11 +368,12 @@ class RQVAERunConfig:
     data: RQVAEDataConfig = field(default_factory=RQVAEDataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=lambda: LogConfig(sample_every=1000, sample_count=8))
+    faults: FaultConfig = field(default_factory=FaultConfig)
 
     def validate(self) -> None:
         """Raise ConfigError where anything in the run cannot be run."""
         for section in (
             *(self.model, self.loss, self.train, self.parallel),
-            *(self.codebook, self.health, self.data, self.checkpoint, self.log),
+            *(self.codebook, self.health, self.data, self.checkpoint, self.log, self.faults),
         ):
             section.validate()

@@ -2,8 +2,8 @@
 
 | event        | when                                                    | beside `time`, `event`, `step`             |
 |--------------|---------------------------------------------------------|--------------------------------------------|
-| started      | a process group has joined the run, new or going on     | steps, ranks, hosts, launcher, job, restart |
-| checkpoint   | a step's checkpoint can be seen                         | seconds, stall_seconds, gib                |
+| started      | a job's ranks have joined the run, new or going on      | steps, ranks, hosts, launcher, job         |
+| checkpoint   | a step's checkpoint can be seen                         | seconds of writing it                      |
 | skipped      | a step's loss or gradient was not finite                | reason                                     |
 | rolled back  | the run went back to a checkpoint                       | to, reason                                 |
 | warning      | something that a person should look at                  | text                                       |

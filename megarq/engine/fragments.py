@@ -113,7 +113,10 @@ class Fragments:
     def create_moments(self, step: int) -> None:
         """Give the optimiser its state, zero, as after `step` updates; the engine creates it only in its first step."""
         for flat in {id(item.flat): item.flat for item in self.items}.values():
-            self.optimizer.state[flat] = {kind: torch.zeros_like(flat) for kind in MOMENTS}
+            held = self.optimizer.state[flat]  # by a run that goes back: its memory serves again
+            self.optimizer.state[flat] = {
+                kind: held[kind].zero_() if kind in held else torch.zeros_like(flat) for kind in MOMENTS
+            }
             if isinstance(self.optimizer, torch.optim.AdamW):
                 device = flat.device if self.optimizer.defaults["fused"] else "cpu"
                 self.optimizer.state[flat]["step"] = torch.tensor(float(step), device=device)

@@ -49,7 +49,7 @@ class Health:
         warnings = self._alarms.see({**values, **found.values})
         if warnings:
             found.values["warning"] = "; ".join(warnings)
-            found.lines += [f"WARNING: {warning}." for warning in warnings]
+            found.warnings += warnings
         return found
 
     def _tell_use(self, counts: list[Tensor], found: Findings) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megarq.engine.events import add_event
 from megarq.engine.pictures import save_png
+from megarq.errors import Stopped
 from megarq.files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
@@ -68,6 +70,8 @@ class Findings:
 
     values: dict[str, Any] = field(default_factory=dict)
     """For the step's line of metrics."""
+    warnings: list[str] = field(default_factory=list)
+    """Sentences without a full stop, for the console and the run's events."""
     lines: list[str] = field(default_factory=list)
     """For the console."""
     charts: dict[str, Tensor] = field(default_factory=dict)
@@ -79,22 +83,32 @@ class MetricsLog:
 
     def __init__(self, run: Path, rank: int, start_step: int) -> None:
         """Lines after `start_step`, of steps that a killed run did after its last checkpoint, are dropped."""
-        self._active = rank == 0
+        self._active, self._step = rank == 0, start_step
         if not self._active:
             return
+        self._run = run
+        self._open(start_step)
+
+    def _open(self, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        path = run / METRICS_FILE
+        path = self._run / METRICS_FILE
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step]
-        self._pictures = run / PICTURES
         write_atomically(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(run / "tensorboard", purge_step=start_step + 1)
+        self._events = SummaryWriter(self._run / "tensorboard", purge_step=start_step + 1)
+
+    def go_back(self, step: int) -> None:
+        """Drop the lines of later steps, which are done again."""
+        if self._active:
+            self.close()
+            self._open(step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line, and its numbers and words to TensorBoard."""
         if not self._active:
             return
+        self._step = step
         line = {"step": step, **values}
         self._file.write(json.dumps({k: None if _undefined(v) else v for k, v in line.items()}) + "\n")
         self._file.flush()
@@ -107,7 +121,7 @@ class MetricsLog:
     def pictures(self, step: int, name: str, grid: Tensor, text: str | None = None) -> None:
         """Add a picture [3, H, W] in [0, 1], with what it shows, as pictures/step-00000120.png too."""
         if self._active:
-            save_png(self._pictures / f"step-{step:08d}.png", grid)
+            save_png(self._run / PICTURES / f"step-{step:08d}.png", grid)
             self._events.add_image(name, grid, step)
             if text is not None:
                 self._events.add_text(f"{name}/prompts", text, step)
@@ -121,6 +135,25 @@ class MetricsLog:
         """Print a line."""
         if self._active:
             print(message, flush=True)
+
+    def event(self, event: str, step: int, **values: Any) -> None:
+        """Add to the run's events."""
+        if self._active:
+            add_event(self._run, event, step, **values)
+
+    def saved(self, step: int, seconds: float) -> None:
+        """A step's checkpoint can be seen, after so many seconds of writing."""
+        self.event("checkpoint", step, seconds=round(seconds, 3))
+
+    def failed(self, error: Exception) -> None:
+        """The run ends by an error, after the last step that was written."""
+        if not isinstance(error, Stopped):
+            self.event("failed", self._step, text=str(error))
+
+    def warn(self, step: int, warning: str) -> None:
+        """Print a warning, and add it to the run's events."""
+        self.say(f"step {step}: WARNING: {warning}.")
+        self.event("warning", step, text=warning)
 
     def close(self) -> None:
         """Flush and close the files."""

@@ -195,6 +195,9 @@ class RQVAETask:
         if adversary is not None:
             self.passes = AdversarialPasses(engine, self.losses, adversary)
 
+    skippable = False
+    """The codebook moves in the forward pass."""
+
     @property
     def terms(self) -> tuple[str, ...]:
         """Names of all losses; the adversarial ones are missing before the discriminator's start."""

@@ -1,6 +1,8 @@
 """What both kinds of run share: joining the job, the run's folder, and handing everything to the Trainer."""
 
 import json
+import os
+import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from megarq.config.load import save_config
 from megarq.config.run import RQTransformerRunConfig, RQVAERunConfig
 from megarq.data.order import LoaderState
 from megarq.engine.build import build_engine
+from megarq.engine.events import add_event
 from megarq.engine.kernels import choose_kernels
 from megarq.engine.loop import Batch, RunPlan, Task, Trainer
 from megarq.engine.metrics import MetricsLog, peak_tflops
@@ -24,6 +27,7 @@ from megarq.engine.schedule import run_length
 from megarq.engine.state import Beside, EngineState
 from megarq.errors import ConfigError
 from megarq.files import file_sha256, write_atomically
+from megarq.launch.watchdog import Watchdog
 from megarq.parallel.together import gather_objects, together
 from megarq.parallel.topology import ProcessGroups, Topology
 
@@ -126,6 +130,7 @@ class Session:
             train=config.train,
             checkpoint=config.checkpoint,
             log=config.log,
+            faults=config.faults,
             steps=steps,
             warmup=warmup,
             accumulation=batch_sizes(config.train, topology.dp)[1],
@@ -134,17 +139,31 @@ class Session:
             peak_tflops=peak_tflops(self.device, config.log.peak_tflops, self.products),
         )
         log = MetricsLog(self.run, topology.rank, step)
+        hosts, job = sorted(set(gather_objects(socket.gethostname()))), os.environ.get("SLURM_JOB_ID")
+        log.event("started", step, steps=steps, ranks=topology.world_size, hosts=hosts, launcher=self.launcher, job=job)
         for line in (self._opening(plan, step), self._means(plan), *notes):
             log.say(line)
         for change in self._changes():
             log.say(f"changed since the checkpoint: {change}")
         try:
-            with CheckpointWriter(self.run, config.checkpoint, topology, step, log.say) as writer:
+            with (
+                Watchdog(
+                    self.run, topology.rank, topology.world_size, config.faults.hang_seconds, self._hung
+                ) as watchdog,
+                CheckpointWriter(self.run, config.checkpoint, topology, step, log.say, log.saved) as writer,
+            ):
                 task = make_task(engine)
-                Trainer(plan, engine, state, task, self.groups, self.device, log, writer, step).fit(batches)
+                trainer = Trainer(plan, engine, state, task, self.groups, self.device, log, writer, watchdog, step)
+                trainer.fit(batches)
+        except Exception as error:
+            log.failed(error)
+            raise
         finally:
             log.close()
             engine.destroy()
+
+    def _hung(self, step: int, verdict: str) -> None:
+        add_event(self.run, "failed", step, text=verdict)
 
     def _changes(self) -> list[str]:
         """Keys whose values differ from those that the checkpoint was saved with."""

@@ -48,7 +48,7 @@ class EngineState:
         """`ema_decay` is that of the moving average of the weights, None for none."""
         self._beside = beside
         self.fragments = Fragments(engine, groups.tensor)
-        self._engine = engine
+        self.module = trained_module(engine)
         self._groups = groups
         self._ema_decay = ema_decay
         self._ema = {item.name: item.master.detach().clone() for item in self.fragments.items} if ema_decay else {}
@@ -75,10 +75,13 @@ class EngineState:
             tensors |= {
                 f"buffer/{name}": (Fragment(tuple(buffer.shape)), buffer) for name, buffer in self._buffers().items()
             }
-            if self._beside is not None:
-                whole = self._beside.tensors().items()
-                tensors |= {key: (Fragment(tuple(tensor.shape)), tensor) for key, tensor in whole}
+            whole = self.beside_tensors().items()
+            tensors |= {key: (Fragment(tuple(tensor.shape)), tensor) for key, tensor in whole}
         return tensors
+
+    def beside_tensors(self) -> dict[str, Tensor]:
+        """What is trained beside the engine, keyed "<kind>/<name>"."""
+        return self._beside.tensors() if self._beside is not None else {}
 
     def metadata(self) -> dict[str, Any]:
         """What is saved beside the tensors."""
@@ -95,7 +98,7 @@ class EngineState:
         """
         others = tuple(f"{name}." for name in checkpoint.metadata.get("beside", []))
         saved = {name for name in checkpoint.names("param") if not name.startswith(others)}
-        trained = [name for name, p in trained_module(self._engine).named_parameters() if p.requires_grad]
+        trained = [name for name, p in self.module.named_parameters() if p.requires_grad]
         wanted = {name for names in gather_objects(trained) for name in names}
         if wanted != saved:
             names = ", ".join(sorted(wanted ^ saved)[:5])
@@ -124,5 +127,5 @@ class EngineState:
             self._beside.load(checkpoint)
 
     def _buffers(self) -> dict[str, Tensor]:
-        persistent = trained_module(self._engine).state_dict(keep_vars=True)
-        return {name: buffer for name, buffer in trained_module(self._engine).named_buffers() if name in persistent}
+        persistent = self.module.state_dict(keep_vars=True)
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}

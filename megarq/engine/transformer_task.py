@@ -31,6 +31,7 @@ class TransformerTask:
     """Image and caption loss of code stacks under a DeepSpeed engine around an RQTransformer."""
 
     terms = ("loss", "image_loss", "caption_loss")
+    skippable = True
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megarq.errors import ConfigError
+from megarq.errors import ConfigError, Stopped
 from megarq.launch.environment import LaunchEnvironment
 
 TIMEOUT = timedelta(minutes=30)
@@ -49,6 +49,9 @@ def joined(environment: LaunchEnvironment, device: torch.device) -> Iterator[Non
     try:
         yield
         failed = False
+    except Stopped:
+        failed = False
+        raise
     finally:
         if not (failed and device.type == "cuda"):
             dist.destroy_process_group()

@@ -64,7 +64,7 @@ def test_a_warning_is_a_line_and_a_value():
         if found.values.get("warning"):
             break
     assert found.values["warning"].startswith("reconstruction_loss is") and "\n" not in found.values["warning"]
-    assert found.lines[-1:] == [f"WARNING: {found.values['warning']}."]
+    assert found.warnings == [found.values["warning"]]
 
 
 def test_the_history_is_judged_with_and_not_told_again():
