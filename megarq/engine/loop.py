@@ -222,8 +222,8 @@ class Trainer:
         values |= {"samples_seen": self.step * plan.train.global_batch_size, "epoch": batch.state.epoch}
         found = self.task.observe(self.step, values)
         told = self.step % plan.log.console_every == 0 or self.step in (1, plan.steps)
-        line = values | found.values | {"checkpoint_stall_seconds": self._stall, "time": time.time()}
-        self.log.write(self.step, line | (by_rank(ranks) if told else {}))
+        metrics = values | found.values | {"checkpoint_stall_seconds": self._stall, "time": time.time()}
+        self.log.write(self.step, metrics | (by_rank(ranks) if told else {}))
         self._stall = 0.0
         if told:
             self.log.say(console_line(self.step, plan.steps, values, self._speed.eta(plan.steps - self.step)))

@@ -139,7 +139,8 @@ def test_finish_waits_until_the_step_can_be_seen(tmp_path, slow):
         assert not said
         slow.set()
         writer.finish()
-        assert said[0].startswith("step 1: checkpoint saved, written in ") and len(said) == 1 and step_of(newest_checkpoint(tmp_path)) == 1
+        assert len(said) == 1 and said[0].startswith("step 1: checkpoint saved, written in ")
+        assert step_of(newest_checkpoint(tmp_path)) == 1
 
 
 def test_a_save_waits_for_the_one_before(tmp_path, monkeypatch):
