@@ -1,5 +1,7 @@
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,3 +34,16 @@ def make_lmdb(tmp_path: Path) -> Callable[[str, Mapping[bytes, bytes]], Path]:
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture(scope="session")
+def record(request: pytest.FixtureRequest) -> Callable[[str, dict[str, Any]], None]:
+    """Takes the name of a table and a line of what was measured, and adds it where --tables says."""
+    folder = request.config.getoption("--tables")
+
+    def record(table: str, line: dict[str, Any]) -> None:
+        if folder:
+            with (Path(folder) / f"{table}.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    return record

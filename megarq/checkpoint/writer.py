@@ -35,6 +35,8 @@ from megarq.parallel.topology import Topology
 
 _PATIENCE = 600.0
 """Seconds without a new byte of any rank after which rank 0 gives a save up."""
+_PATIENCE_AFTER_ERROR = 10.0
+"""The same where training has failed, perhaps by the death of a rank that is waited for."""
 _SHARE = 0.75
 """Share of a host's available memory that copies may take."""
 
@@ -74,6 +76,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: list[Future[None]] = []
         self._cancelled = Event()
+        self._patience = _PATIENCE
         self._told = False
 
     def __enter__(self) -> "CheckpointWriter":
@@ -83,6 +86,8 @@ class CheckpointWriter:
         try:
             if kind is None:
                 self.finish()
+            else:
+                self._patience = _PATIENCE_AFTER_ERROR
             for future in self._under_way:
                 if failure := future.exception():
                     logger.warning("%s", failure)
@@ -202,9 +207,9 @@ class CheckpointWriter:
             written = sum(path.stat().st_size for path in temporary.glob("rank-*.safetensors"))
             if written > progress:
                 progress, since = written, time.monotonic()
-            if time.monotonic() - since > _PATIENCE:
+            if (seconds := time.monotonic() - since) > self._patience:
                 missing = sorted(set(range(self._world_size)) - found.keys())
-                raise MegarqError(f"no rank wrote for {_PATIENCE:.0f} s; still missing: {missing}")
+                raise MegarqError(f"no rank wrote for {seconds:.0f} s; still missing: {missing}")
             if self._cancelled.wait(pause):
                 raise MegarqError("another rank failed")
             pause = min(2 * pause, 1.0)

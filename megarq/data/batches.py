@@ -1,5 +1,6 @@
 """Batches, or parts of them, by number, made in this process or by workers, and always handed over in order."""
 
+import os
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import TypeVar
@@ -35,6 +36,11 @@ class _Numbers(Sampler[int]):
         return iter(count()) if self._stop is None else iter(range(self._stop))
 
 
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Launchers signal a rank's whole process group, and the rank still needs its workers to finish a step and save."""
+    os.setpgrp()
+
+
 def _unchanged(batch: Batch) -> Batch:
     return batch
 
@@ -54,6 +60,7 @@ def batches_in_order(
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         collate_fn=_unchanged,
+        worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator(),
     )
     for batch in loader:

@@ -1,7 +1,5 @@
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from gloo_ranks import RankGroup
@@ -34,16 +32,3 @@ def rank_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
 def run(tmp_path: Path) -> Path:
     """Folder of a run that is not there yet."""
     return tmp_path / "run"
-
-
-@pytest.fixture(scope="session")
-def record(request: pytest.FixtureRequest) -> Callable[[str, dict[str, Any]], None]:
-    """Takes the name of a table and a line of what was measured, and adds it where --tables says."""
-    folder = request.config.getoption("--tables")
-
-    def record(table: str, line: dict[str, Any]) -> None:
-        if folder:
-            with (Path(folder) / f"{table}.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
-    return record

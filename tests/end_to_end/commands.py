@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from gloo_ranks import preload
@@ -62,19 +62,23 @@ def call(script: str, *arguments: object) -> Outcome:
 
 def call_ranks(script: str, *arguments: object, ranks: int) -> list[Outcome]:
     """Run a script in one fork for each rank of a job, as torchrun starts them."""
-    job = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return _forks(script, arguments, [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)])
+    return _forks(script, arguments, _places(ranks))
 
 
 def start_ranks(script: str, *arguments: object, ranks: int, log: Path) -> list[multiprocessing.process.BaseProcess]:
-    """The forks of a job that shares nothing but its output, running; all that they print goes into one file."""
+    """The forks of a job, running, each in a process group of its own; all that they print goes into one file."""
     _preload_once()
     start = multiprocessing.get_context("fork").Process
-    places = [{"WORLD_SIZE": str(ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    forks = [start(target=_run, args=(script, arguments, (log, log), place)) for place in places]
+    forks = [start(target=_run_apart, args=(script, arguments, (log, log), place)) for place in _places(ranks)]
     for fork in forks:
         fork.start()
     return forks
+
+
+def _places(ranks: int) -> list[dict[str, str]]:
+    """The environment of each rank, as torchrun sets it."""
+    job = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def _forks(script: str, arguments: tuple[object, ...], places: list[dict[str, str]]) -> list[Outcome]:
@@ -118,6 +122,11 @@ def refusal(script: str, *arguments: object) -> str:
 @functools.cache
 def _preload_once() -> None:
     preload()
+
+
+def _run_apart(*given: Any) -> None:
+    os.setpgrp()
+    _run(*given)
 
 
 def _run(script: str, arguments: tuple[object, ...], streams: tuple[Path, Path], place: dict[str, str]) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image, ImageDraw
+from tiny_training import write_tiny_training
 
 from megarq.inference.pretrained import load_rqvae, save_rqvae
 from tests.end_to_end.commands import refusal, succeed, typed
@@ -165,3 +166,9 @@ def other_codes(walk: Walk, tmp_path_factory: pytest.TempPathFactory) -> Path:
     frozen = ("--rqvae", folder / "rqvae", "--data", walk.shards, "--transform", "none")
     succeed("tools/pretokenize.py", *frozen, "--output", folder / "codes", "--draws", 0)
     return folder / "codes"
+
+
+@pytest.fixture(scope="session")
+def tiny_training(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What megarq/train.py is given, but for --ds_config and --output."""
+    return write_tiny_training(tmp_path_factory.mktemp("training"))

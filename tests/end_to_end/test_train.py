@@ -7,81 +7,25 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
+from tiny_training import SAMPLES
 
 from megarq.checkpoint.run_folder import checkpoint_at
-from megarq.config.models import RQVAEConfig
-from megarq.data.code_writer import CodeBlock, write_shard
-from megarq.data.manifest import CodeSettings, Manifest
-from megarq.inference.pretrained import save_rqvae
-from megarq.rqvae.model import RQVAE, fingerprint
-from megarq.text.training import train_tokenizer
 from tests.end_to_end.commands import ON_CPU, ROOT, call, call_ranks, free_port, succeed, typed
 
 STEPS, SAVED_EVERY, KILLED_AT = 24, 5, 13
-SAMPLES = 100
 KEYS = {
     *("step", "loss", "image_loss", "caption_loss", "grad_norm", "lr", "images_per_second", "mfu", "memory_gib"),
-    *("samples_seen", "epoch"),
+    *("samples_seen", "epoch", "step_seconds", "data_seconds", "checkpoint_stall_seconds", "time"),
 }
-MODEL = """
-architecture: rq-transformer
-model:
-  code_shape: [2, 2, 2]
-  codebook_size: 16
-  codebook_dim: 8
-  embed_dim: 32
-  body: {layers: 1, heads: 2}
-  head: {layers: 1, heads: 2}
-  cond_length: 6
-  cond_vocab_size: 64
-  dropout: 0.0
-train: {global_batch_size: 16, lr: 0.01, warmup_steps: 3, precision: fp32}
-data: {bpe_dropout: 0.1}
-log: {console_every: 1, validate_every: 0, peak_tflops: 1.0}
-"""
-
-
-def write_codes(folder: Path) -> None:
-    """Random codes of captioned pictures in two shards, beside a random RQ-VAE."""
-    torch.manual_seed(0)
-    rqvae = RQVAE(
-        RQVAEConfig(
-            resolution=4,
-            channels=32,
-            channel_multipliers=[1, 1],
-            res_blocks=1,
-            attention_resolutions=[],
-            latent_channels=8,
-            codebook_dim=8,
-            codebook_size=16,
-            depth=2,
-        )
-    ).eval()
-    save_rqvae(rqvae, folder)
-    settings = CodeSettings((2, 2, 2), (16, 16), 2, 0.5, None, fingerprint(rqvae), "center", 4, 0, 16, 1024)
-    random, records = np.random.default_rng(0), []
-    for shard in range(2):
-        stacks = random.integers(0, 16, (3, SAMPLES // 2, 2, 2, 2), dtype=np.uint16)
-        numbers = range(shard * SAMPLES // 2, (shard + 1) * SAMPLES // 2)
-        captions = [[f"picture number {number}", f"no. {number}"] for number in numbers]
-        labels = [number % 7 for number in numbers]
-        block = CodeBlock(stacks[0], list(stacks[1:]), None, [str(number) for number in numbers], captions, labels)
-        records.append(write_shard(folder, shard, settings, f"{shard:05d}.tar", [block]))
-    Manifest(settings, tuple(records)).save(folder)
+BY_RANK = {f"ranks_{name}" for name in ("step_seconds", "data_seconds", "memory_gib", "probe_seconds")}
+"""Of the steps that the console tells of, which are all of them here."""
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def options(tiny_training: list[str]) -> list[str]:
     """What a training command is given, but for --ds_config and --output."""
-    folder = tmp_path_factory.mktemp("train")
-    write_codes(folder / "codes")
-    train_tokenizer([f"picture number no. {number}" for number in range(SAMPLES)], 64, folder / "tokenizer.json")
-    (folder / "tiny.yaml").write_text(MODEL)
-    files = ["--model", folder / "tiny.yaml", "--data", folder / "codes", "--tokenizer", folder / "tokenizer.json"]
-    return [*map(str, files), f"train.steps={STEPS}", f"checkpoint.every={SAVED_EVERY}"]
+    return [*tiny_training, f"train.steps={STEPS}", f"checkpoint.every={SAVED_EVERY}"]
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +73,8 @@ def metrics(run: Path) -> list[dict]:
 def test_every_step_has_one_line_with_all_keys(whole):
     lines = metrics(whole)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert all(set(line) == KEYS for line in lines)
-    assert all(line[key] is not None for line in lines for key in KEYS)
+    assert all(set(line) == KEYS | BY_RANK for line in lines)
+    assert all(line[key] is not None for line in lines for key in KEYS | BY_RANK)
 
 
 def test_epochs_and_samples_are_counted(whole):
@@ -157,7 +101,7 @@ def test_the_last_step_is_saved_and_the_newest_are_kept(whole):
 def test_a_run_killed_on_two_ranks_has_each_step_once(killed):
     lines = metrics(killed)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert all(set(line) == KEYS for line in lines)
+    assert all(set(line) == KEYS | BY_RANK for line in lines)
 
 
 def test_a_run_killed_on_two_ranks_has_the_losses_of_an_uninterrupted_one(whole, killed):

@@ -287,3 +287,29 @@ def test_rank_0_gives_up_where_no_rank_makes_progress(tmp_path, monkeypatch):
     outcomes = on_three_ranks(tmp_path, wait)
     assert all("no rank wrote for 0 s; still missing: [1]" in str(outcome) for outcome in outcomes), outcomes
     assert step_of(newest_checkpoint(tmp_path)) == 1
+
+
+def test_rank_0_that_failed_does_not_wait_for_a_rank_that_died(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(writer_module, "_PATIENCE_AFTER_ERROR", 0.05)
+    gone = Event()
+
+    def write(folder: Path, rank: int, tensors: Any) -> dict[str, Any]:
+        assert rank != 1 or "1" in folder.name or gone.wait(SECONDS)
+        return write_rank_file(folder, rank, tensors)
+
+    def die_or_fail(rank: int, writer: CheckpointWriter) -> None:
+        if rank == 1:
+            writer._under_way[0].exception()
+        elif rank == 0:
+            try:
+                with writer:
+                    raise ZeroDivisionError
+            finally:
+                gone.set()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(writer_module, "write_rank_file", write)
+    outcomes = on_three_ranks(tmp_path, die_or_fail)
+    assert all(isinstance(outcome, ZeroDivisionError) for outcome in outcomes)
+    assert "still missing: [1]" in caplog.text
+    assert step_of(newest_checkpoint(tmp_path)) == 1

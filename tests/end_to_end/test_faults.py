@@ -1,0 +1,282 @@
+"""Training that is asked to stop, hangs or is killed, by its real command on two ranks, and driven to its end."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from megarq.checkpoint.run_folder import checkpoint_at, newest_checkpoint
+from megarq.engine.events import read_events
+from megarq.engine.loop import Trainer
+from megarq.launch.stop import STOPPED
+from megarq.launch.watchdog import HUNG
+from tests.end_to_end.commands import start_ranks
+
+STEPS, SAVED_EVERY, RANKS = 60, 4, 2
+PATIENCE = 120
+"""Seconds for whatever a test waits for."""
+HANG_SECONDS = 2
+
+
+class Job:
+    """A command's ranks, running."""
+
+    def __init__(self, ranks: list[BaseProcess], log: Path) -> None:
+        self.ranks, self._log = ranks, log
+
+    @property
+    def running(self) -> bool:
+        return any(rank.is_alive() for rank in self.ranks)
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text()
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Look again and again; an error where the job ends before."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.running and time.monotonic() < deadline, f"waited in vain:\n{self.said}"
+            time.sleep(0.001)
+
+    def statuses(self) -> list[int | None]:
+        """Wait for the end of all ranks, as a launcher does that leaves them alone."""
+        for rank in self.ranks:
+            rank.join(PATIENCE)
+        return [rank.exitcode for rank in self.ranks]
+
+
+class Training(NamedTuple):
+    """The same training again and again, in one folder after the other."""
+
+    options: list[str]
+    folder: Path
+    started: list[Job]
+
+    def start(self, run: Path, *changes: object) -> Job:
+        """Start or go on with a run."""
+        log = self.folder / f"log{len(self.started)}"
+        arguments = ["--ds_config", "zero1.json", *self.options, "--output", run, *changes]
+        self.started.append(Job(start_ranks("megarq/train.py", *arguments, ranks=RANKS, log=log), log))
+        return self.started[-1]
+
+    def finish(self, run: Path, *changes: object) -> None:
+        """Go on with a run to its end."""
+        job = self.start(run, *changes)
+        assert job.statuses() == [0] * RANKS, job.said
+
+
+@pytest.fixture(scope="module")
+def training(tiny_training: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
+    options = [f"checkpoint.every={SAVED_EVERY}", "checkpoint.keep=0", "data.workers=0", "train.ema_decay=0.9"]
+    training = Training([*tiny_training, f"train.steps={STEPS}", *options], tmp_path_factory.mktemp("faults"), [])
+    yield training
+    for job in training.started:
+        for rank in job.ranks:
+            rank.kill()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(training: Training) -> Path:
+    training.finish(training.folder / "undisturbed")
+    return training.folder / "undisturbed"
+
+
+@pytest.fixture
+def run(training: Training, tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def last_step(run: Path) -> int:
+    """Of those in the metrics; 0 before the first."""
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    return int(json.loads(whole[-1])["step"]) if whole else 0
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(run) if event["event"] == kind]
+
+
+def expect_same_run(ours: Path, expected: Path) -> None:
+    """Each step once, the same losses, and all that is saved of the last step the same, to the last bit."""
+    lines, wanted = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (ours, expected)
+    )
+    for name in ("step", "loss", "grad_norm", "lr", "samples_seen", "epoch"):
+        assert [line[name] for line in lines] == [line[name] for line in wanted], name
+    a, b = checkpoint_at(ours), checkpoint_at(expected)
+    assert a.metadata["step"] == b.metadata["step"] == wanted[-1]["step"]
+    for kind in ("param", "exp_avg", "exp_avg_sq", "ema"):
+        assert a.names(kind) == b.names(kind) != []
+        assert all(torch.equal(a.tensor(name, kind), b.tensor(name, kind)) for name in a.names(kind)), kind
+
+
+def send_to_one(job: Job, number: signal.Signals) -> None:
+    pid = job.ranks[-1].pid
+    assert pid is not None
+    os.kill(pid, number)
+
+
+def send_to_groups(job: Job, number: signal.Signals) -> None:
+    """As SLURM does: every rank, and the workers that it started."""
+    for rank in job.ranks:
+        assert rank.pid is not None
+        os.killpg(rank.pid, number)
+
+
+@pytest.mark.parametrize(
+    ("number", "send", "workers"),
+    [(signal.SIGUSR1, send_to_one, 0), (signal.SIGTERM, send_to_groups, 1)],
+    ids=["USR1 to one", "TERM to all and their workers"],
+)
+def test_a_run_that_is_asked_to_stop_saves_the_step_and_goes_on_from_it(
+    training, undisturbed, run, record, number, send, workers
+):
+    job = training.start(run, f"data.workers={workers}")
+    job.wait_until(lambda: last_step(run) > SAVED_EVERY)
+    asked_at, start = last_step(run), time.monotonic()
+    send(job, number)
+    assert job.statuses() == [STOPPED] * RANKS, job.said
+    seconds = time.monotonic() - start
+    (stopped,) = events(run, "stopped")
+    assert asked_at <= stopped["step"] == last_step(run) == checkpoint_at(run).metadata["step"] < STEPS
+    assert f"step {stopped['step']}: asked to stop; saved" in job.said and "Traceback" not in job.said
+    record("faults", {"fault": f"{number.name}, workers {workers}", "ends": "saved, status 75", "seconds": seconds})
+    training.finish(run)
+    assert events(run, "started")[-1]["step"] == stopped["step"]
+    expect_same_run(run, undisturbed)
+
+
+def test_a_signal_before_the_first_step_is_not_lost(training, undisturbed, run):
+    job = training.start(run)
+    job.wait_until(lambda: "megarq" in job.said or run.exists())
+    send_to_groups(job, signal.SIGTERM)
+    assert job.statuses() == [STOPPED] * RANKS, job.said
+    assert events(run, "stopped")[0]["step"] == checkpoint_at(run).metadata["step"]
+    training.finish(run)
+    expect_same_run(run, undisturbed)
+
+
+def hanging(rank: int, in_step: int) -> Callable[..., Any]:
+    """Trainer._update, in which one rank never comes to an end."""
+    update = Trainer._update
+
+    def endless(self: Trainer, batch: Any) -> Any:
+        while self.groups.topology.rank == rank and self.step + 1 == in_step:
+            time.sleep(0.01)
+        return update(self, batch)
+
+    return endless
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_a_rank_that_hangs_is_named_with_step_and_collective_and_the_job_ends(
+    training, undisturbed, run, record, monkeypatch, rank
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_update", hanging(rank, SAVED_EVERY + 2))
+        job = training.start(run, f"faults.hang_seconds={HANG_SECONDS}")
+    job.wait_until(lambda: last_step(run) == SAVED_EVERY + 1)
+    start = time.monotonic()
+    assert job.statuses() == [HUNG] * RANKS, job.said
+    record("faults", {"fault": f"rank {rank} hangs", "ends": "status 76", "seconds": time.monotonic() - start})
+    (failed,) = events(run, "failed")
+    assert failed["text"].startswith(f"HANG: rank {rank} (")
+    hung, waits = failed["text"].split("; the others wait in ")
+    assert f"step {SAVED_EVERY + 2}, waiting for data" in hung and "test_faults" not in waits
+    assert f"step {SAVED_EVERY + 2}, forward and backward, all_reduce (passes.py:" in waits
+    assert failed["text"] in job.said
+    stacks = (run / "hangs" / f"rank-{rank:05d}.txt").read_text()
+    assert "in endless" in stacks
+    assert checkpoint_at(run).metadata["step"] == SAVED_EVERY
+    training.finish(run)
+    expect_same_run(run, undisturbed)
+
+
+def test_a_rank_that_is_stopped_with_its_watchdog_is_named_by_the_others(training, run, record):
+    job = training.start(run, f"faults.hang_seconds={HANG_SECONDS}")
+    job.wait_until(lambda: last_step(run) > SAVED_EVERY)
+    start = time.monotonic()
+    send_to_one(job, signal.SIGSTOP)
+    job.ranks[0].join(PATIENCE)
+    seconds = time.monotonic() - start
+    job.ranks[1].kill()
+    assert job.statuses() == [HUNG, -signal.SIGKILL], job.said
+    record("faults", {"fault": "rank 1 stopped by SIGSTOP", "ends": "status 76", "seconds": seconds})
+    assert "HANG: rank 1 gave no report in step" in events(run, "failed")[0]["text"]
+
+
+class Kill(NamedTuple):
+    """One kill of one rank."""
+
+    rank: int
+    started_at: int
+    """The step that its job went on from."""
+    seen: int
+    """The last step in the metrics when it came."""
+    saved: int
+    """The step that could be gone back to, after it."""
+    while_saving: bool
+    seconds: float
+    """From the kill to the end of the other ranks."""
+
+
+def half_saved(run: Path) -> bool:
+    """Whether a checkpoint is being written."""
+    return any((run / "checkpoints").glob(".step-*"))
+
+
+def killed(training: Training, run: Path, at: int, while_saving: bool, source: random.Random) -> Kill:
+    """Go on with a run, and kill one rank at a random moment after a step, or after the next checkpoint was begun."""
+    before = newest_checkpoint(run)
+    job = training.start(run)
+    job.wait_until(lambda: last_step(run) >= at)
+    if while_saving:
+        job.wait_until(lambda: half_saved(run))
+        time.sleep(0.003 * source.random())
+    else:
+        time.sleep(0.3 * source.random())
+    rank = source.randrange(RANKS)
+    job.ranks[rank].kill()
+    seen, saving, start = last_step(run), half_saved(run), time.monotonic()
+    statuses = job.statuses()
+    assert statuses[rank] == -signal.SIGKILL and statuses[1 - rank] not in (0, None, STOPPED), job.said
+    after = newest_checkpoint(run)
+    assert after is not None
+    started_at = before.metadata["step"] if before else 0
+    return Kill(rank, started_at, seen, after.metadata["step"], saving, time.monotonic() - start)
+
+
+def expect_kills_leave_no_trace(training: Training, undisturbed: Path, run: Path, count: int, record: Any) -> None:
+    source, kills = random.Random(count), []
+    for number in range(count):
+        at = SAVED_EVERY + 1 + round((STEPS - 3 * SAVED_EVERY) * (number + source.random()) / count)
+        kills.append(killed(training, run, at, number % 2 == 0, source))
+    training.finish(run)
+    starts = [event["step"] for event in events(run, "started")]
+    assert starts == [kill.started_at for kill in kills] + [kills[-1].saved]
+    # The checkpoint of a step is written while the next steps are made, one after the other.
+    assert all(kill.seen - kill.saved < 2 * SAVED_EVERY for kill in kills), kills
+    assert {kill.rank for kill in kills} == set(range(RANKS)) and any(kill.while_saving for kill in kills), kills
+    for kill in kills:
+        record("kills", kill._asdict())
+    expect_same_run(run, undisturbed)
+
+
+def test_three_kills_of_a_random_rank_leave_no_trace(training, undisturbed, run, record):
+    expect_kills_leave_no_trace(training, undisturbed, run, 3, record)
+
+
+@pytest.mark.full
+def test_twenty_kills_of_a_random_rank_leave_no_trace(training, undisturbed, run, record):
+    expect_kills_leave_no_trace(training, undisturbed, run, 20, record)
