@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from megarq.errors import ConfigError, DivergenceError, MegarqError, Stopped
+from megarq.errors import ConfigError, DivergenceError, FaultError, MegarqError, Stopped
 from megarq.launch.environment import read_environment
 from megarq.launch.stop import STOPPED
 
@@ -21,19 +21,20 @@ OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 def run(main: Callable[[], None]) -> int:
     """Run a command and return its exit status.
 
-    0; 2 after printing a MegarqError on stderr; 75 where training stopped as asked; 130 when interrupted.
+    0; 2 after printing a MegarqError on stderr, but 1 after a FaultError, which a restart may mend; 75 where training
+    stopped as asked; 130 when interrupted.
 
-    A ConfigError or DivergenceError is the same on all ranks of a job, so rank 0 alone prints it.
+    A ConfigError, DivergenceError or FaultError is the same on all ranks of a job, so rank 0 alone prints it.
     """
     rank = _rank()
     try:
         main()
     except MegarqError as error:
-        if rank == 0 or not isinstance(error, ConfigError | DivergenceError):
+        if rank == 0 or not isinstance(error, ConfigError | DivergenceError | FaultError):
             print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
         else:
             time.sleep(SECONDS_FOR_RANK_ZERO)  # a launcher ends all ranks with the first, and rank 0 must have spoken
-        return 2
+        return 1 if isinstance(error, FaultError) else 2
     except OSError as error:
         if error.filename is None:
             raise

@@ -21,5 +21,10 @@ class CheckpointError(MegarqError):
     """A checkpoint or exported model that is missing, incomplete, damaged or of another model."""
 
 
+class FaultError(MegarqError):
+    """Something that the machine did and not the user: a restart from the last checkpoint, elsewhere if it comes again,
+    may be all that it takes."""
+
+
 class Stopped(Exception):  # noqa: N818 - it is no error
     """A run that was asked to stop, has saved, and goes on when it is started again; the same on all ranks."""

@@ -31,7 +31,7 @@ from megarq.engine.ranks import RankReport, Ranks, by_rank, summary
 from megarq.engine.replicas import Replicas
 from megarq.engine.schedule import learning_rate
 from megarq.engine.state import EngineState
-from megarq.errors import DivergenceError, Stopped
+from megarq.errors import DivergenceError, FaultError, Stopped
 from megarq.launch.stop import asked_to_stop
 from megarq.launch.watchdog import Watchdog
 from megarq.parallel.initialization import derived_seed
@@ -134,7 +134,7 @@ class Trainer:
         """Train until the plan's last step; every rank calls this together.
 
         Raises, on all ranks: Stopped where one was asked to stop, when this step is saved; DivergenceError where going
-        back to the last checkpoint does not help, or there is none.
+        back to the last checkpoint does not help, or there is none; FaultError where ranks differ after going back too.
         """
         plan, iterator = self.plan, iter(batches)
         self._speed.skip()
@@ -246,7 +246,7 @@ class Trainer:
         return {"images_per_second": images_per_second, "mfu": mfu}
 
     def _ranks_differ(self, saving: bool) -> bool:
-        """Whether ranks that must agree did not, and the run went back."""
+        """Whether ranks that must agree did not, and the run went back. Raises FaultError where that did not help."""
         every = self.plan.faults.replicas_every
         if not every or not (saving or self.step % every == 0):
             return False
@@ -256,6 +256,11 @@ class Trainer:
             return False
         self.log.warn(self.step, differing)
         self._go_back(differing)
+        if differing := self._replicas.differing():
+            raise FaultError(
+                f"{differing}, and still after going back to step {self.step}. Start again from it: the same command "
+                "goes on, on another node if this comes again."
+            )
         return True
 
     def _go_back(self, reason: str | None) -> None:

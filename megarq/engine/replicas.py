@@ -53,7 +53,11 @@ class Replicas:
         own = torch.stack([checksum(tensor) for tensor in tensors.values()])
         all_sums = torch.empty(len(line), len(own), dtype=own.dtype, device=own.device)
         dist.all_gather_into_tensor(all_sums, own[None], group=group)
-        usual = all_sums.mode(0).values  # of two that differ it is one or the other: which is wrong nobody knows
+        differ = (all_sums != all_sums[:1]).any(0).tolist()
+        if len(line) == 2:  # which of the two is wrong, nobody knows
+            wrong = [name for name, differs in zip(tensors, differ, strict=True) if differs]
+            return [f"ranks {line[0]} and {line[1]} hold different numbers of {', '.join(wrong[:3])}"] if wrong else []
+        usual = all_sums.mode(0).values
         return [
             f"rank {rank} holds other numbers of {', '.join(wrong[:3])} than the {axis}-parallel ranks beside it"
             for rank, sums in zip(line, all_sums, strict=True)

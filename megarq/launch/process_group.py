@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megarq.errors import ConfigError, Stopped
+from megarq.errors import FaultError, Stopped
 from megarq.launch.environment import LaunchEnvironment
 
 TIMEOUT = timedelta(minutes=30)
@@ -65,7 +65,7 @@ def _store(environment: LaunchEnvironment) -> dist.Store:
     try:
         return dist.TCPStore(environment.address, environment.port, environment.world_size, master, timeout=TIMEOUT)
     except dist.DistNetworkError as error:
-        raise ConfigError(
+        raise FaultError(
             f"rank {environment.rank} cannot meet the others at {environment.address}:{environment.port} "
             f"({str(error).splitlines()[0]}). Choose a free port: deepspeed --master_port PORT, or export MASTER_PORT."
         ) from error

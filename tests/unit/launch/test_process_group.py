@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megarq.errors import ConfigError
+from megarq.errors import FaultError
 from megarq.launch.environment import LaunchEnvironment, read_environment
 from megarq.launch.process_group import joined
 
@@ -44,5 +44,5 @@ def test_a_port_that_is_taken_is_named():
         taken.listen()
         port = taken.getsockname()[1]
         place = LaunchEnvironment(0, 2, 0, "127.0.0.1", port, "torchrun or deepspeed")
-        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}.*Choose a free port"), joined(place, CPU):
+        with pytest.raises(FaultError, match=f"127.0.0.1:{port}.*Choose a free port"), joined(place, CPU):
             pass
