@@ -7,6 +7,7 @@ that names both. DeepSpeed ignores unknown keys at its top level in silence; her
 import json
 import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
 def _declared_sections() -> dict[str, Any]:
     """Sections that the DeepSpeed release in use declares itself, as pydantic models."""
     from deepspeed.comm.config import CommsLoggerConfig
-    from deepspeed.monitor.config import CSVConfig, TensorBoardConfig, WandbConfig
+    from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.runtime.zero.offload_config import (
@@ -92,6 +93,7 @@ def _declared_sections() -> dict[str, Any]:
         "tensorboard": TensorBoardConfig,
         "wandb": WandbConfig,
         "csv_monitor": CSVConfig,
+        "comet": CometConfig,
     }
 
 
@@ -177,6 +179,7 @@ def resolve_ds_config(
     resolved["bf16"] = bf16
     resolved.setdefault("communication_data_type", "fp32")
     resolved["data_types"] = {"grad_accum_dtype": "fp32"} | resolved.get("data_types", {})
+    _check_monitors(resolved)
     check_zero(ds, parallel, data_parallel)
     zero = ds.get("zero_optimization", {})
     if zero.get("stage", 1) == 0:
@@ -187,6 +190,16 @@ def resolve_ds_config(
     resolved["zero_force_ds_cpu_optimizer"] = False
     resolved.setdefault("steps_per_print", 10**12)
     return resolved
+
+
+def _check_monitors(ds: Mapping[str, Any]) -> None:
+    """DeepSpeed looks for a monitor's package on rank 0 alone, where the others would wait for it."""
+    for section, package in (("wandb", "wandb"), ("comet", "comet_ml")):
+        if ds.get(section, {}).get("enabled") and find_spec(package) is None:
+            raise ConfigError(
+                f"ds_config says {section}.enabled=true, but {package} is not installed. Give pip install {package}, "
+                "or turn it off."
+            )
 
 
 def _without_auto(section: Mapping[str, Any]) -> dict[str, Any]:

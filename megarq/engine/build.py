@@ -176,3 +176,13 @@ def import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def take_monitor(engine: Any) -> Any:
+    """DeepSpeed's monitor where ds_config turns one on, else None. The engine itself does not write to it any more.
+
+    Its own lines count samples where ours count steps, and Weights & Biases takes no line of an earlier step.
+    """
+    monitor = engine.monitor
+    wanted, monitor.enabled = monitor.enabled, False
+    return monitor if wanted else None

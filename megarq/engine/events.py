@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-EVENTS_FILE = "events.jsonl"
+from megarq.engine.json_lines import EVENTS_FILE, json_lines
 
 
 def add_event(run: Path, event: str, step: int, **values: Any) -> None:
@@ -31,15 +31,4 @@ def add_event(run: Path, event: str, step: int, **values: Any) -> None:
 
 def read_events(run: Path) -> list[dict[str, Any]]:
     """All events of a run, oldest first; a line that was torn is left out."""
-    path = run / EVENTS_FILE
-    if not path.exists():
-        return []
-    events = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(event, dict) and {"time", "event", "step"} <= event.keys():
-            events.append(event)
-    return events
+    return [event for _, event in json_lines(run / EVENTS_FILE, "time", "event", "step")]

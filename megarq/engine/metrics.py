@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from megarq.engine.events import add_event
+from megarq.engine.json_lines import METRICS_FILE, json_lines
 from megarq.engine.pictures import save_png
 from megarq.errors import Stopped
 from megarq.files import write_atomically
 
-METRICS_FILE = "metrics.jsonl"
 PICTURES = "pictures"
 _GIB = 2**30
 _PEAK_TFLOPS = {
@@ -81,9 +81,12 @@ class Findings:
 class MetricsLog:
     """Rank 0's log of a run; on other ranks every call does nothing."""
 
-    def __init__(self, run: Path, rank: int, start_step: int) -> None:
-        """Lines after `start_step`, of steps that a killed run did after its last checkpoint, are dropped."""
-        self._active, self._step = rank == 0, start_step
+    def __init__(self, run: Path, rank: int, start_step: int, monitor: Any = None) -> None:
+        """Lines after `start_step`, of steps that a killed run did after its last checkpoint, are dropped.
+
+        `monitor` is DeepSpeed's, where ds_config turns one on: it is given every number too.
+        """
+        self._active, self._step, self._monitor = rank == 0, start_step, monitor
         if not self._active:
             return
         self._run = run
@@ -93,7 +96,7 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         path = self._run / METRICS_FILE
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step]
+        kept = [line for line, values in json_lines(path, "step") if values["step"] <= start_step]
         write_atomically(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(self._run / "tensorboard", purge_step=start_step + 1)
@@ -117,6 +120,16 @@ class MetricsLog:
                 self._events.add_scalar(name, value, step)
             elif isinstance(value, str):
                 self._events.add_text(name, value, step)
+        if self._monitor is not None:
+            self._pass_on(step, values)
+
+    def _pass_on(self, step: int, values: Mapping[str, Any]) -> None:
+        numbers = [(name, value, step) for name, value in values.items() if isinstance(value, int | float)]
+        try:
+            self._monitor.write_events(numbers)
+        except Exception as error:  # whatever ails a service outside, the training goes on
+            self._monitor = None
+            self.warn(step, f"DeepSpeed's monitor failed ({error}) and is not used again before the next start")
 
     def pictures(self, step: int, name: str, grid: Tensor, text: str | None = None) -> None:
         """Add a picture [3, H, W] in [0, 1], with what it shows, as pictures/step-00000120.png too."""
@@ -164,21 +177,7 @@ class MetricsLog:
 
 def past_metrics(run: Path, step: int) -> Iterator[dict[str, Any]]:
     """The lines of a run's metrics up to a step."""
-    return (values for values in map(json.loads, _lines(run / METRICS_FILE)) if values["step"] <= step)
-
-
-def _lines(path: Path) -> list[str]:
-    """Whole lines of a file; what a killed run left unfinished is dropped."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _is_whole(line)]
-
-
-def _is_whole(line: str) -> bool:
-    try:
-        return line.endswith("\n") and "step" in json.loads(line)
-    except json.JSONDecodeError:
-        return False
+    return (values for _, values in json_lines(run / METRICS_FILE, "step") if values["step"] <= step)
 
 
 def _undefined(value: Any) -> bool:

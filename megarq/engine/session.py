@@ -18,7 +18,7 @@ from megarq.config.deepspeed import batch_sizes
 from megarq.config.load import save_config
 from megarq.config.run import RQTransformerRunConfig, RQVAERunConfig
 from megarq.data.order import LoaderState
-from megarq.engine.build import build_engine
+from megarq.engine.build import build_engine, take_monitor
 from megarq.engine.events import add_event
 from megarq.engine.kernels import choose_kernels
 from megarq.engine.loop import Batch, RunPlan, Task, Trainer
@@ -138,7 +138,7 @@ class Session:
             flops_per_image=flops_per_image,
             peak_tflops=peak_tflops(self.device, config.log.peak_tflops, self.products),
         )
-        log = MetricsLog(self.run, topology.rank, step)
+        log = MetricsLog(self.run, topology.rank, step, take_monitor(engine))
         hosts, job = sorted(set(gather_objects(socket.gethostname()))), os.environ.get("SLURM_JOB_ID")
         log.event("started", step, steps=steps, ranks=topology.world_size, hosts=hosts, launcher=self.launcher, job=job)
         for line in (self._opening(plan, step), self._means(plan), *notes):

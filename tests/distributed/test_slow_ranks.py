@@ -48,7 +48,7 @@ def warnings(run: Path, text: str) -> list[dict[str, Any]]:
 
 def config_of(probe_every: int) -> Any:
     config = tiny_config(steps=STEPS)
-    config.faults.probe_every, config.log.console_every = probe_every, 1
+    config.faults.probe_every, config.faults.slow_factor, config.log.console_every = probe_every, 10.0, 1
     return config
 
 

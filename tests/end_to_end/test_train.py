@@ -128,6 +128,27 @@ def test_a_finished_run_has_nothing_to_do(whole, options):
     assert (whole / "metrics.jsonl").read_text() == before
 
 
+def test_the_status_of_a_run_that_was_killed_and_went_on(killed):
+    told = succeed("tools/status.py", killed).printed
+    assert "FINISHED, on 1 ranks of " in told and f"{STEPS}, of {STEPS}, 100.0%" in told
+    assert "restarts   1, 1 after a death" in told and f"step {STEPS}, " in told
+    found = json.loads(succeed("tools/status.py", killed, "--json").printed)
+    last = metrics(killed)[-1]
+    assert (found["state"], found["losses"]["loss"], found["mfu"]) == ("finished", last["loss"], last["mfu"])
+    assert found["images_per_second"] > 0 and 0 <= found["stall_share"] < 1 and 0 <= found["data_share"] < 1
+
+
+def test_numbers_reach_deepspeeds_monitor_too(options, tmp_path):
+    ds = {"zero_optimization": {"stage": 1}, "csv_monitor": {"enabled": True, "output_path": str(tmp_path)}}
+    (tmp_path / "ds.json").write_text(json.dumps(ds))
+    run = tmp_path / "run"
+    succeed("megarq/train.py", "--ds_config", tmp_path / "ds.json", *options, "--output", run, "train.steps=3")
+    (losses,) = tmp_path.rglob("loss.csv")
+    expected = ["step,loss", *(f"{line['step']},{line['loss']}" for line in metrics(run))]
+    assert losses.read_text().splitlines() == expected
+    assert not list(tmp_path.rglob("Train_*.csv"))  # DeepSpeed's own, which count samples
+
+
 def test_ds_config_alone_is_answered_with_the_complete_command():
     outcome = call("megarq/train.py", "--ds_config", "zero3.json")
     assert outcome.status == 2

@@ -303,3 +303,11 @@ def test_auto_is_left_to_deepspeed_where_the_run_does_not_decide():
     resolved = resolve_ds_config(stated, TrainConfig(steps=1), ParallelConfig(), 1)
     assert resolved["communication_data_type"] == "fp32"
     assert "reduce_bucket_size" not in resolved["zero_optimization"]
+
+
+@pytest.mark.parametrize(("section", "package"), [("wandb", "wandb"), ("comet", "comet_ml")])
+def test_a_monitor_without_its_package_is_refused_on_all_ranks(monkeypatch, section, package):
+    monkeypatch.setattr("megarq.config.deepspeed.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=f"{section}.enabled=true, but {package} is not installed"):
+        resolve_ds_config({section: {"enabled": True}}, TrainConfig(steps=1), ParallelConfig(), 1)
+    resolve_ds_config({section: {"enabled": False}}, TrainConfig(steps=1), ParallelConfig(), 1)

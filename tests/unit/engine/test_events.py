@@ -1,6 +1,7 @@
 """A run's events: appended, never taken back, readable after any death."""
 
-from megarq.engine.events import EVENTS_FILE, add_event, read_events
+from megarq.engine.events import add_event, read_events
+from megarq.engine.json_lines import EVENTS_FILE
 
 
 def test_events_come_back_in_order_with_their_values(tmp_path):

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megarq.engine.json_lines import METRICS_FILE
 from megarq.engine.metrics import (
     _PEAK_TFLOPS,
-    METRICS_FILE,
     MetricsLog,
     Speed,
     console_line,
@@ -225,3 +225,33 @@ def test_the_peak_of_a_gpu_is_that_of_what_it_multiplies_in(monkeypatch, product
 def test_every_known_gpu_has_a_peak_for_all_that_it_multiplies_in():
     assert all({*peaks} == {"bf16", "tf32", "fp32"} for peaks in _PEAK_TFLOPS.values())
     assert all(peaks["bf16"] > peaks["tf32"] >= peaks["fp32"] for peaks in _PEAK_TFLOPS.values())
+
+
+class Monitor:
+    """Takes events, or fails as a service does that is away."""
+
+    def __init__(self, fails: bool) -> None:
+        self.events, self._fails = [], fails
+
+    def write_events(self, events: list[tuple]) -> None:
+        self.events += events
+        if self._fails:
+            raise ConnectionError("no route to host")
+
+
+def test_a_monitor_is_given_all_numbers(tmp_path):
+    monitor = Monitor(fails=False)
+    log = MetricsLog(tmp_path, 0, 0, monitor)
+    log.write(4, {"loss": 1.5, "mfu": None, "note": "words"})
+    log.close()
+    assert monitor.events == [("loss", 1.5, 4)]
+
+
+def test_a_monitor_that_fails_is_told_of_once_and_left_alone(tmp_path, capsys):
+    monitor = Monitor(fails=True)
+    log = MetricsLog(tmp_path, 0, 0, monitor)
+    for step in (1, 2):
+        log.write(step, {"loss": 1.5})
+    log.close()
+    assert len(monitor.events) == 1 and len(lines(tmp_path)) == 2
+    assert capsys.readouterr().out.count("monitor failed (no route to host)") == 1

@@ -1,0 +1,44 @@
+"""Tell where training runs stand: step, time left, losses, speed, checkpoints, restarts, warnings."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megarq import cli
+from megarq.engine.status import as_json, page, status
+
+EXAMPLE = """example:
+  python tools/status.py runs/t2i
+  python tools/status.py runs/* --watch 10
+  python tools/status.py runs/t2i --json"""
+CLEAR = "\033[H\033[2J"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the --output folder of a training run")
+    parser.add_argument("--watch", type=float, metavar="SECONDS", help="tell it again and again, until Ctrl-C")
+    parser.add_argument("--json", action="store_true", help="print a JSON line a run instead of a page")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    args = parse(argv)
+    while True:
+        found = [status(run) for run in args.runs]
+        text = "\n".join(json.dumps(as_json(run)) for run in found) if args.json else "\n\n".join(map(page, found))
+        print(f"{CLEAR}{text}" if args.watch and sys.stdout.isatty() else text, flush=True)
+        if not args.watch:
+            return
+        time.sleep(args.watch)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
