@@ -161,7 +161,7 @@ def go_back_in_a_live_engine(run: Path) -> list[str]:
         if self.fragments.optimizer_step() == 5:
             checkpoint = checkpoint_at(run, EVERY)
             self.load(checkpoint)
-            for name, p in self._engine.module.named_parameters():
+            for name, p in self.module.named_parameters():
                 if torch.equal(p.data, checkpoint.tensor(name)):
                     refreshed.append(name)
 

