@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from megarq.errors import ConfigError, DivergenceError, FaultError, MegarqError, Stopped
+from megarq.errors import ConfigError, DivergenceError, FaultError, MegarqError, PreflightError, Stopped
 from megarq.launch.environment import read_environment
 from megarq.launch.stop import STOPPED
 
 SECONDS_FOR_RANK_ZERO = 5
+SAME_ON_ALL_RANKS = (ConfigError, DivergenceError, FaultError, PreflightError)
 INTERRUPTED = "interrupted"
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 
@@ -24,13 +25,13 @@ def run(main: Callable[[], None]) -> int:
     0; 2 after printing a MegarqError on stderr, but 1 after a FaultError, which a restart may mend; 75 where training
     stopped as asked; 130 when interrupted.
 
-    A ConfigError, DivergenceError or FaultError is the same on all ranks of a job, so rank 0 alone prints it.
+    What is the same on all ranks of a job is printed by rank 0 alone.
     """
     rank = _rank()
     try:
         main()
     except MegarqError as error:
-        if rank == 0 or not isinstance(error, ConfigError | DivergenceError | FaultError):
+        if rank == 0 or not isinstance(error, SAME_ON_ALL_RANKS):
             print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
         else:
             time.sleep(SECONDS_FOR_RANK_ZERO)  # a launcher ends all ranks with the first, and rank 0 must have spoken

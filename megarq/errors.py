@@ -21,6 +21,10 @@ class CheckpointError(MegarqError):
     """A checkpoint or exported model that is missing, incomplete, damaged or of another model."""
 
 
+class PreflightError(MegarqError):
+    """A check before the first step that failed by what a person must mend; the same on all ranks."""
+
+
 class FaultError(MegarqError):
     """Something that the machine did and not the user: a restart from the last checkpoint, elsewhere if it comes again,
     may be all that it takes."""

@@ -2,12 +2,14 @@
 
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 from megarq.checkpoint.format import Checkpoint
 from megarq.errors import CheckpointError
-from megarq.parallel.together import Gather, together
+from megarq.launch.gather import Gather
+from megarq.parallel.together import together
 
 LATEST = "latest"
 
@@ -17,6 +19,17 @@ logger = logging.getLogger(__name__)
 def checkpoints_folder(run: str | Path) -> Path:
     """RUN/checkpoints."""
     return Path(run) / "checkpoints"
+
+
+def kept_checkpoints(run: str | Path) -> int:
+    """How many checkpoints are in a run's folder."""
+    return len(list(checkpoints_folder(run).glob("step-*")))
+
+
+def space_for_checkpoints(run: str | Path) -> int:
+    """Bytes free in the run's file system, with those that the next save frees: of saves that were not finished."""
+    unfinished = checkpoints_folder(run).glob(".step-*/*")
+    return shutil.disk_usage(run).free + sum(path.stat().st_size for path in unfinished)
 
 
 def step_name(step: int) -> str:

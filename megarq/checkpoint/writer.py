@@ -30,7 +30,8 @@ from megarq.checkpoint.run_folder import LATEST, checkpoints_folder, step_name
 from megarq.config.run import CheckpointConfig
 from megarq.errors import CheckpointError, MegarqError
 from megarq.files import write_atomically
-from megarq.parallel.together import Gather, gather_objects, together
+from megarq.launch.gather import Gather
+from megarq.parallel.together import gather_objects, together
 from megarq.parallel.topology import Topology
 
 _PATIENCE = 600.0

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from megarq.config.faults import FaultConfig
 from megarq.config.models import RQTransformerConfig, RQVAEConfig
+from megarq.config.preflight import PreflightConfig
 from megarq.config.ranges import AMOUNT, COUNT, POSITIVE, RATE, SHARE, Range, check_ranges
 from megarq.errors import ConfigError
 
@@ -220,13 +221,14 @@ class RQTransformerRunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     faults: FaultConfig = field(default_factory=FaultConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def validate(self) -> None:
         """Raise ConfigError where anything in the run cannot be run."""
         for section in (
             *(self.model, self.objective, self.train, self.parallel),
-            *(self.data, self.checkpoint, self.log, self.faults, self.sampling),
+            *(self.data, self.checkpoint, self.log, self.faults, self.preflight, self.sampling),
         ):
             section.validate()
         if self.data.caption_dropout and self.model.condition != "text":
@@ -369,11 +371,12 @@ class RQVAERunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=lambda: LogConfig(sample_every=1000, sample_count=8))
     faults: FaultConfig = field(default_factory=FaultConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
 
     def validate(self) -> None:
         """Raise ConfigError where anything in the run cannot be run."""
         for section in (
             *(self.model, self.loss, self.train, self.parallel),
-            *(self.codebook, self.health, self.data, self.checkpoint, self.log, self.faults),
+            *(self.codebook, self.health, self.data, self.checkpoint, self.log, self.faults, self.preflight),
         ):
             section.validate()

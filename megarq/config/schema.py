@@ -63,6 +63,14 @@ def _walk(
             yield key, value
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key: {"train": {"lr": 1}} as {"train.lr": 1}."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
 def expected(schema: type[Any], key: str) -> str:
     """What a known dotted key holds, in words."""
     section, _, rest = key.partition(".")

@@ -210,6 +210,11 @@ class CodeShards:
         """All captions of a sample."""
         return cast(list[str], self.text_run("captions", block, row, 1)[0])
 
+    def files(self, blocks: IntArray) -> dict[Path, int]:
+        """The shards that these blocks lie in, with the bytes that each must have."""
+        numbers = np.unique(self._shard_of_block[blocks]).tolist()
+        return {self.folder / self._records[number].file: self._records[number].bytes for number in numbers}
+
     def file_of(self, block: int) -> str:
         """Name of the shard that a block lies in."""
         return self._records[int(self._shard_of_block[block])].file

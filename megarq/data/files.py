@@ -7,6 +7,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -66,6 +67,13 @@ def check_holds_pictures(source: str) -> None:
             f"{source}: {what}. Give a folder of pictures, image shards such as 'shards/*.tar', an LMDB or a set of "
             "drawn pictures."
         )
+
+
+def local_part(pattern: str) -> Path | None:
+    """The path that a pattern names, or the folder in which its `*`, `?`, `[` or `{` begins; None where not local."""
+    if not is_local(pattern):
+        return None
+    return Path(*takewhile(lambda part: not set(part) & set("*?[{"), Path(pattern).parts))
 
 
 def expand_shards(patterns: str | Sequence[str]) -> list[str]:

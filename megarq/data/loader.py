@@ -19,6 +19,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice, repeat
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -255,7 +256,7 @@ class CodeLoader:
             caption_dropout=caption_dropout,
             seed=seed,
         )
-        self._order = data.order(seed)
+        self._data, self._order = data, data.order(seed)
         self._code_shape = data.settings.code_shape
         self._batch, self._rank, self._world_size = global_batch_size, rank, world_size
         self._workers, self._prefetch, self._pin_memory = workers, prefetch, pin_memory
@@ -266,6 +267,16 @@ class CodeLoader:
     def samples_per_epoch(self) -> int:
         """Samples in an epoch: one pass over the data, or as many passes over each folder as its weight says."""
         return self._order.samples
+
+    def files(self) -> dict[Path, int]:
+        """The shards that this rank's lanes are made of in the epoch that it starts in, with their sizes.
+
+        A rank without a lane of its own reads of all.
+        """
+        own = np.arange(self._rank, self._order.lanes, self._world_size)
+        lanes = own if len(own) else np.arange(self._order.lanes)
+        blocks = self._order.blocks(self._start // self._order.samples, lanes)
+        return self._data.files(blocks)
 
     def __iter__(self) -> Iterator[CodeBatch]:
         parts, each = batches_in_order(self._part, self._workers, prefetch=self._prefetch), max(1, self._workers)

@@ -140,6 +140,15 @@ class Mixture:
             ids[here] = folder.sample_ids(block[here] - self._starts[number], row[here]) + self._first_sample[number]
         return ids
 
+    def files(self, blocks: IntArray | None = None) -> dict[Path, int]:
+        """The shards that these blocks lie in, all by default, with the bytes that each must have."""
+        if blocks is None:
+            blocks = np.arange(len(self.block_sizes))
+        found: dict[Path, int] = {}
+        for folder, number, here in self._by_folder(blocks):
+            found |= folder.files(blocks[here] - self._starts[number])
+        return found
+
     def read_latents(self, block: IntArray, row: IntArray) -> np.ndarray[tuple[int, ...], np.dtype[np.float16]]:
         """[n], [n] -> latents [n, H, W, C]. Raises: DataError where none are stored."""
         latents = np.empty((len(block), *(self.settings.latent_shape or ())), "<f2")
@@ -211,6 +220,16 @@ class MixedOrder:
         if len(parts) == 1:
             return parts[0]
         return Picks.joined(parts).at(np.argsort(np.concatenate(places)))
+
+    def blocks(self, epoch: int, lanes: IntArray) -> IntArray:
+        """Numbers of the blocks that these lanes are made of, in the pass over each folder that an epoch begins in."""
+        parts = []
+        for order, count, lane, block in zip(
+            self._orders, self._counts, self._first_lanes, self._first_blocks, strict=False
+        ):
+            own = lanes[(lanes >= lane) & (lanes < lane + order.lanes)] - lane
+            parts.append(order.blocks(epoch * count // order.samples, own) + block)
+        return np.concatenate(parts)
 
     def runs(self, epoch: int, lane: int, window: int) -> list[tuple[int, int, int]]:
         """(block, first row, rows) of each run of rows that a lane's window is made of, in the order of its places."""

@@ -154,6 +154,15 @@ class SampleOrder:
             start, at = start + rows, at + 1
         return runs
 
+    def blocks(self, epoch: int, lanes: IntArray) -> IntArray:
+        """Numbers of the blocks that these lanes are made of in an epoch, ascending."""
+        order, ends = self._permuted_blocks(epoch)
+        first = np.searchsorted(ends, self._lane_start(lanes), side="right")
+        last = np.searchsorted(ends, self._lane_start(lanes + 1) - 1, side="right")
+        spans = [order[start : stop + 1] for start, stop in zip(first, last, strict=True)]
+        found = np.unique(np.concatenate([np.empty(0, np.int64), *spans]))
+        return found[self._sizes[found] > 0]
+
     def _picks_of_epoch(self, epoch: int, first: int, count: int) -> Picks:
         index, lane = np.divmod(np.arange(first, first + count), self.lanes)
         window, place = np.divmod(index, self.window)

@@ -3,6 +3,7 @@
 | event        | when                                                    | beside `time`, `event`, `step`             |
 |--------------|---------------------------------------------------------|--------------------------------------------|
 | started      | a job's ranks have joined the run, new or going on      | steps, ranks, hosts, launcher, job         |
+| preflight    | its ranks were found fit to train                       | seconds, ranks, hosts, all_reduce_gbs, ... |
 | checkpoint   | a step's checkpoint can be seen                         | seconds of writing it                      |
 | skipped      | a step's loss or gradient was not finite                | reason                                     |
 | rolled back  | the run went back to a checkpoint                       | to, reason                                 |

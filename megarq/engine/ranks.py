@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megarq.config.faults import FaultConfig
+from megarq.parallel.measure import synchronize
 from megarq.parallel.together import gather_objects
 
 _WAITING_SHARE, _WAITING_STEPS = 0.5, 10
@@ -111,11 +112,11 @@ def probe(device: torch.device) -> float:
     size, count = _PROBE[device.type]
     matrix = torch.ones(size, size, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     product = matrix @ matrix  # the first of a size may have to choose its kernel
-    _wait(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(count):
         product = matrix @ matrix
-    _wait(device)
+    synchronize(device)
     del product
     return time.perf_counter() - start
 
@@ -135,8 +136,3 @@ def by_rank(ranks: list[RankReport]) -> dict[str, list[float]]:
     """For some steps' metrics: everybody's times, in order of rank."""
     names = ("step_seconds", "data_seconds", "memory_gib", "probe_seconds")
     return {f"ranks_{name}": [round(getattr(it, name), 5) for it in ranks] for name in names}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

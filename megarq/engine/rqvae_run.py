@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megarq.config.deepspeed import batch_sizes, zero_stage
 from megarq.config.run import RQVAERunConfig
+from megarq.data.files import local_part
 from megarq.data.image_sources import ImageSource, open_images
 from megarq.data.images import ImageBatch, ImageLoader
 from megarq.engine.adversary import AdversarialPasses, Adversary
@@ -102,6 +103,7 @@ def train_rqvae(
         max_bad_rate=config.data.max_bad_rate,
     )
     bad_rate = config.data.max_bad_rate
+    session.see(*map(local_part, (*data, *validation)), perceptual_weights, contents=False)
     source = open_alike(data, bad_rate)
     batches = loader(source, config.data.transform, start=session.start)
     held_out = loader(open_alike(validation, bad_rate), "center") if validation else None

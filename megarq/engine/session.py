@@ -17,12 +17,14 @@ from megarq.checkpoint.writer import CheckpointWriter
 from megarq.config.deepspeed import batch_sizes
 from megarq.config.load import save_config
 from megarq.config.run import RQTransformerRunConfig, RQVAERunConfig
+from megarq.config.schema import flat
 from megarq.data.order import LoaderState
 from megarq.engine.build import build_engine, take_monitor
 from megarq.engine.events import add_event
 from megarq.engine.kernels import choose_kernels
 from megarq.engine.loop import Batch, RunPlan, Task, Trainer
 from megarq.engine.metrics import MetricsLog, peak_tflops
+from megarq.engine.preflight import Preflight
 from megarq.engine.schedule import run_length
 from megarq.engine.state import Beside, EngineState
 from megarq.errors import ConfigError
@@ -48,6 +50,8 @@ class Session:
     """Where the run goes on; None for a new one."""
     launcher: str = "none"
     """What started the ranks."""
+    preflight: Preflight | None = None
+    """Checks before the first step, begun; None for none."""
 
     @classmethod
     def open(
@@ -58,16 +62,21 @@ class Session:
         run: Path,
         device: torch.device,
         launcher: str = "none",
+        preflight: Preflight | None = None,
     ) -> "Session":
         """Create the groups and the run's folder, or find the checkpoint to go on from; every rank calls this.
+
+        `preflight` has met the ranks; it goes on with their groups.
 
         Raises ConfigError where the folder holds a run of another model, CheckpointError where no checkpoint is whole.
         """
         groups = ProcessGroups.build(topology, config.parallel.sequence)
+        if preflight is not None:
+            preflight.try_collectives(groups)
         checkpoint = newest_checkpoint(run, topology.rank, topology.world_size, gather_objects)
         if checkpoint is not None:
             _check_same_model(checkpoint, config, run)
-        session = cls(config, ds, run, groups, device, checkpoint, launcher)
+        session = cls(config, ds, run, groups, device, checkpoint, launcher, preflight)
         session.keep_beside(lambda run: save_config(config, run / RESOLVED))
         return session
 
@@ -91,6 +100,16 @@ class Session:
                 copy(self.run)
 
         together(on_rank_zero)
+
+    def see(self, *paths: str | Path | None, contents: bool) -> None:
+        """What the command line names, None left out, is the same for all ranks, or there for none (collective)."""
+        if self.preflight is not None:
+            self.preflight.see([Path(path) for path in paths if path is not None], contents)
+
+    def read(self, files: Mapping[Path, int]) -> None:
+        """See whether this rank can read the files, of these sizes, that it will read (collective)."""
+        if self.preflight is not None:
+            self.preflight.read(files)
 
     def train(
         self,
@@ -138,9 +157,14 @@ class Session:
             flops_per_image=flops_per_image,
             peak_tflops=peak_tflops(self.device, config.log.peak_tflops, self.products),
         )
+        if self.preflight is not None:
+            size = sum(gather_objects(state.saved_bytes()))
+            self.preflight.make_room(size, config.checkpoint, -(-max(0, steps - step) // config.checkpoint.every))
         log = MetricsLog(self.run, topology.rank, step, take_monitor(engine))
         hosts, job = sorted(set(gather_objects(socket.gethostname()))), os.environ.get("SLURM_JOB_ID")
         log.event("started", step, steps=steps, ranks=topology.world_size, hosts=hosts, launcher=self.launcher, job=job)
+        if self.preflight is not None:
+            self.preflight.tell(log, step)
         for line in (self._opening(plan, step), self._means(plan), *notes):
             log.say(line)
         for change in self._changes():
@@ -169,7 +193,7 @@ class Session:
         """Keys whose values differ from those that the checkpoint was saved with."""
         if self.checkpoint is None:
             return []
-        saved, ours = _flat(self.checkpoint.metadata["config"]), _flat(json.loads(json.dumps(asdict(self.config))))
+        saved, ours = flat(self.checkpoint.metadata["config"]), flat(json.loads(json.dumps(asdict(self.config))))
         keys = sorted(saved.keys() | ours.keys())
         return [f"{key}: {saved.get(key)} -> {ours.get(key)}" for key in keys if saved.get(key) != ours.get(key)]
 
@@ -202,14 +226,6 @@ def copy_once(source: Path, run: Path, name: str) -> None:
             raise ConfigError(f"{target} differs from {source}: go on with the file that the run was started with.")
         return
     write_atomically(target, source.read_bytes())
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"lr": 1}} as {"train.lr": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _check_same_model(checkpoint: Checkpoint, config: RQTransformerRunConfig | RQVAERunConfig, run: Path) -> None:

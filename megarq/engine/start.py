@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ from megarq.config.deepspeed import read_ds_config, resolve_ds_config
 from megarq.config.layout import check_layout
 from megarq.config.names import CONFIGS, resolve_name
 from megarq.config.run import RQTransformerRunConfig, RQVAERunConfig
+from megarq.config.schema import flat
 from megarq.engine.kernels import choose_kernels
+from megarq.engine.preflight import Preflight
 from megarq.engine.session import Session
+from megarq.errors import ConfigError
 from megarq.launch.environment import read_environment
 from megarq.launch.process_group import joined, rank_device
 from megarq.parallel.topology import Topology
@@ -38,11 +42,19 @@ def joined_session(
     environment = read_environment(os.environ)
     stated = read_ds_config(resolve_name(ds_config, CONFIGS / "deepspeed", ".json"))
     ds, topology = resolve_and_place(config, stated, environment.world_size, environment.rank)
-    check(ds)
-    device = rank_device(environment)
-    choose_kernels(config.train.kernels, device, ds)
-    with joined(environment, device):
-        yield Session.open(config, ds, topology, Path(run), device, environment.launcher)
+    device, refusal, preflight = rank_device(environment), None, None
+    try:
+        check(ds)
+        choose_kernels(config.train.kernels, device, ds)
+    except ConfigError as error:  # perhaps on this rank alone, which lacks a file or a package
+        if environment.world_size == 1 or not config.preflight.enabled:
+            raise
+        refusal = error
+    if config.preflight.enabled:
+        facts = flat({"ds_config": ds, "--output": str(Path(run).absolute()), **asdict(config)})
+        preflight = Preflight(config.preflight, environment.rank, device, Path(run), facts, config.faults, refusal)
+    with joined(environment, device, preflight.meet if preflight else lambda gather: None):
+        yield Session.open(config, ds, topology, Path(run), device, environment.launcher, preflight)
 
 
 def resolve_and_place(

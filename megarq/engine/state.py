@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megarq.checkpoint.format import Checkpoint, Fragment
-from megarq.engine.fragments import MOMENTS, Fragments
+from megarq.engine.fragments import MOMENTS, Fragments, LocalFragment
 from megarq.engine.pipeline import trained_module
 from megarq.errors import CheckpointError
 from megarq.parallel.together import gather_objects, together
@@ -63,21 +63,30 @@ class EngineState:
     def tensors(self) -> dict[str, tuple[Fragment, Tensor]]:
         """This rank's fragments, keyed "<kind>/<name>". Uncut parameters are saved by the first tensor rank alone."""
         tensors: dict[str, tuple[Fragment, Tensor]] = {}
-        for item in self.fragments.items:
-            if item.place.parts == 1 and self._groups.tensor.rank > 0:
-                continue
+        for item in self._own():
             tensors[f"param/{item.name}"] = (item.place, item.master)
             for kind in MOMENTS:
                 tensors[f"{kind}/{item.name}"] = (item.place, item.moment(self.fragments.optimizer, kind))
             if self._ema:
                 tensors[f"ema/{item.name}"] = (item.place, self._ema[item.name])
-        if self._groups.topology.data_rank == self._groups.topology.tensor_rank == 0:
-            tensors |= {
-                f"buffer/{name}": (Fragment(tuple(buffer.shape)), buffer) for name, buffer in self._buffers().items()
-            }
-            whole = self.beside_tensors().items()
-            tensors |= {key: (Fragment(tuple(tensor.shape)), tensor) for key, tensor in whole}
-        return tensors
+        whole = self._whole().items()
+        return tensors | {key: (Fragment(tuple(tensor.shape)), tensor) for key, tensor in whole}
+
+    def saved_bytes(self) -> int:
+        """Of this rank's tensors in a checkpoint; known before the first step makes Adam's moments."""
+        kinds = 1 + len(MOMENTS) + bool(self._ema)
+        own = sum(kinds * item.master.nbytes for item in self._own())
+        return own + sum(tensor.nbytes for tensor in self._whole().values())
+
+    def _own(self) -> list[LocalFragment]:
+        """The fragments that this rank saves."""
+        return [item for item in self.fragments.items if item.place.parts > 1 or self._groups.tensor.rank == 0]
+
+    def _whole(self) -> dict[str, Tensor]:
+        """What the first rank of each stage saves for all."""
+        if self._groups.topology.data_rank or self._groups.topology.tensor_rank:
+            return {}
+        return {f"buffer/{name}": buffer for name, buffer in self._buffers().items()} | self.beside_tensors()
 
     def beside_tensors(self) -> dict[str, Tensor]:
         """What is trained beside the engine, keyed "<kind>/<name>"."""

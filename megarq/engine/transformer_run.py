@@ -12,6 +12,7 @@ from megarq.config.run import RQTransformerRunConfig
 from megarq.data.code_shards import CodeShards
 from megarq.data.exclusion import excluded_samples
 from megarq.data.loader import CodeBatch, CodeLoader, validation_batches
+from megarq.data.manifest import MANIFEST
 from megarq.data.mixture import Mixture, Source
 from megarq.data.order import IntArray
 from megarq.engine.build import construction
@@ -50,6 +51,9 @@ def train_transformer(
     """
     config, topology = session.config, session.groups.topology
     assert isinstance(config, RQTransformerRunConfig)
+    manifests = [source.folder / MANIFEST for source in sources]
+    lists = [path for source in sources for path in source.exclusions]
+    session.see(*manifests, *lists, tokenizer_file, validation and validation / MANIFEST, contents=True)
     rqvae = alike(lambda: load_rqvae(sources[0].folder, session.device)).requires_grad_(False)
     excluded = from_rank_zero(lambda: check_and_exclude(sources, validation))
     train_data, held_out = alike(lambda: open_data(config, sources, excluded, validation, rqvae))
@@ -57,6 +61,7 @@ def train_transformer(
         train_data.folders[0].check_fingerprint(session.checkpoint.metadata["rqvae_fingerprint"])
     tokenizer = alike(lambda: open_tokenizer(config, tokenizer_file))
     loader, held_out_batches = alike(lambda: make_batches(session, train_data, held_out, tokenizer))
+    session.read(loader.files() | (held_out.files() if held_out else {}))
     module = build_transformer(config, session.ds, session.groups, session.device, layer_flops, rqvae)
     session.keep_beside(lambda run: save_rqvae(rqvae, run / "rqvae"))
     if tokenizer_file is not None and tokenizer is not None:

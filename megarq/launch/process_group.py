@@ -1,7 +1,7 @@
 """Joining the job: the device of this rank and torch.distributed's default process group."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megarq.errors import FaultError, Stopped
 from megarq.launch.environment import LaunchEnvironment
+from megarq.launch.gather import Gather, over_store
 
 TIMEOUT = timedelta(minutes=30)
 """How long a collective may wait for its slowest rank before the job fails."""
@@ -25,8 +26,12 @@ def rank_device(environment: LaunchEnvironment) -> torch.device:
 
 
 @contextmanager
-def joined(environment: LaunchEnvironment, device: torch.device) -> Iterator[None]:
+def joined(
+    environment: LaunchEnvironment, device: torch.device, meet: Callable[[Gather], object] = lambda gather: None
+) -> Iterator[None]:
     """The default process group while the body runs: NCCL on GPUs, gloo otherwise; a group of one when started alone.
+
+    All ranks call `meet` when they have found each other, before the group is made.
 
     The launcher's variables are completed for libraries that read them, and the group is destroyed at the end:
     processes that exit with a live group now and then abort after success. Not so where the body fails on a GPU: NCCL
@@ -38,9 +43,11 @@ def joined(environment: LaunchEnvironment, device: torch.device) -> Iterator[Non
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ.setdefault("MASTER_ADDR", environment.address)
     os.environ.setdefault("MASTER_PORT", str(environment.port))
+    store = _store(environment)
+    meet(over_store(store, environment.rank, environment.world_size))
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
-        store=_store(environment),
+        store=store,
         rank=environment.rank,
         world_size=environment.world_size,
         timeout=TIMEOUT,
@@ -62,10 +69,12 @@ def _store(environment: LaunchEnvironment) -> dist.Store:
         return dist.HashStore()
     torchelastic = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     master = environment.rank == 0 and not torchelastic
+    attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"  # torchrun's store outlives its restarts
     try:
-        return dist.TCPStore(environment.address, environment.port, environment.world_size, master, timeout=TIMEOUT)
+        store = dist.TCPStore(environment.address, environment.port, environment.world_size, master, timeout=TIMEOUT)
     except dist.DistNetworkError as error:
         raise FaultError(
             f"rank {environment.rank} cannot meet the others at {environment.address}:{environment.port} "
             f"({str(error).splitlines()[0]}). Choose a free port: deepspeed --master_port PORT, or export MASTER_PORT."
         ) from error
+    return dist.PrefixStore(attempt, store)

@@ -6,10 +6,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from megarq.errors import MegarqError
+from megarq.launch.gather import Gather
 
 T = TypeVar("T")
-Gather = Callable[[Any], list[Any]]
-"""An all-gather of a Python object: every rank's value, in order of rank. Also a barrier."""
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -18,7 +18,7 @@ from megarq.checkpoint.format import Fragment
 from megarq.checkpoint.run_folder import alone
 from megarq.checkpoint.writer import CheckpointWriter
 from megarq.config.run import CheckpointConfig
-from megarq.parallel.together import Gather
+from megarq.launch.gather import Gather
 from megarq.parallel.topology import Topology
 
 Fragments = Mapping[str, tuple[Fragment, Tensor]]

@@ -17,7 +17,7 @@ from megarq.checkpoint.run_folder import alone, checkpoint_at, newest_checkpoint
 from megarq.checkpoint.writer import CheckpointWriter, available_memory
 from megarq.config.run import CheckpointConfig
 from megarq.errors import CheckpointError, MegarqError
-from megarq.parallel.together import Gather
+from megarq.launch.gather import Gather
 from megarq.parallel.topology import Topology
 
 SECONDS = 30

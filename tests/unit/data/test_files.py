@@ -8,7 +8,7 @@ import fsspec
 import pytest
 from captioned_tars import picture, write_tar
 
-from megarq.data.files import data_file, expand_shards
+from megarq.data.files import data_file, expand_shards, local_part
 from megarq.data.image_sources import open_images
 from megarq.data.pictures import open_pictures
 from megarq.errors import DataError
@@ -19,6 +19,21 @@ def folder(tmp_path: Path) -> Path:
     for number in (2, 0, 1):
         (tmp_path / f"{number:05d}.tar").touch()
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "part"),
+    [
+        ("data/cc3m/{00000..00331}.tar", "data/cc3m"),
+        ("data/*/00000.tar", "data"),
+        ("imagenet/train", "imagenet/train"),
+        ("*.tar", "."),
+        ("pipe:cat a.tar", None),
+        ("https://host/{0..9}.tar", None),
+    ],
+)
+def test_the_part_of_a_pattern_that_must_be_there_ends_before_its_first_wildcard(pattern, part) -> None:
+    assert local_part(pattern) == (None if part is None else Path(part))
 
 
 def test_globs_are_sorted(folder: Path) -> None:

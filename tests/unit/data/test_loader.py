@@ -107,6 +107,22 @@ def test_ranks_and_workers_together_see_the_global_batches(mixture: Mixture, wor
     assert_shared(mixture, take(mixture, 13, global_batch_size=120), world_size, workers)  # beyond the seam
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_s_files_are_those_of_its_first_epoch_s_samples(make_codes: MakeCodes, rank: int) -> None:
+    codes = make_codes([[100]] * 11)  # four lanes: each rank has two
+    options = {"rank": rank, "world_size": 2, "start": LoaderState(2, 0)}
+    seen = [batch.sample_ids[batch.epochs == 2] for batch in take(codes, -(-1100 // BATCH), **options)]
+    shards = sorted({number // 100 for number in torch.cat(seen).tolist()})
+    files = loader(codes, **options).files()
+    assert sorted(files) == [codes.folder / codes.manifest.shards[shard].file for shard in shards]
+    assert all(path.stat().st_size == size for path, size in files.items())
+    assert 0 < len(shards) < 11
+
+
+def test_the_files_of_a_rank_without_a_lane_of_its_own_are_all(codes: CodeShards) -> None:
+    assert len(loader(codes, rank=5, world_size=8).files()) == 3
+
+
 def test_ranks_without_a_lane_of_their_own_take_what_the_others_have_too_much(codes: CodeShards) -> None:
     assert_shared(codes, take(codes, 48), world_size=8, workers=0)
 

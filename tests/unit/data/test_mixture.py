@@ -54,6 +54,15 @@ def test_a_single_folder_is_in_the_order_of_sample_order() -> None:
     assert all(np.array_equal(getattr(mixed, name), getattr(alone, name)) for name in ("block", "row", "lane", "epoch"))
 
 
+def test_the_blocks_of_lanes_are_those_of_each_folder_s_own_pass() -> None:
+    sizes, counts = [np.array([300, 200, 500]), np.array([100] * 7)], [1000, 350]
+    order = MixedOrder(sizes, counts, seed=3, window=50, max_lanes=12)
+    lanes = np.arange(1, order.lanes, 2)
+    seen = order.picks(2 * 1350, 2 * 1350).at(slice(None))  # epochs 2 and 3: the second folder's whole pass 1
+    expected = np.unique(seen.block[np.isin(seen.lane, lanes) & (seen.epoch == np.where(seen.block < 3, 2, 1))])
+    assert np.array_equal(order.blocks(2, lanes), expected)
+
+
 def test_all_folders_share_about_1024_lanes() -> None:
     assert MixedOrder([np.array([10**6])] * 3, [10**6] * 3, seed=0).lanes in range(1020, 1028)
 

@@ -84,6 +84,16 @@ def test_the_runs_of_a_window_are_its_rows_in_order(sizes: list[int]) -> None:
         assert list(zip(ours.block[by_place].tolist(), ours.row[by_place].tolist(), strict=True)) == expected
 
 
+@pytest.mark.parametrize("sizes", LAYOUTS)
+def test_the_blocks_of_lanes_are_those_that_their_samples_lie_in(sizes: list[int]) -> None:
+    order = SampleOrder(sizes, seed=3, window=100, max_lanes=5)
+    picks = order.picks(2 * order.samples, order.samples)
+    for rank in range(3):
+        lanes = np.arange(rank, order.lanes, 3)
+        expected = np.unique(picks.block[np.isin(picks.lane, lanes)])
+        assert np.array_equal(order.blocks(2, lanes), expected)
+
+
 def test_neighbours_of_a_small_set_are_scattered() -> None:
     sizes = [1024]
     stream = ids(SampleOrder(sizes, seed=0), sizes, 0, 1024)
