@@ -82,19 +82,28 @@ class Slurm:
         file.write_text(f"#!/bin/bash\n{script}\n")
         output = self.folder / "job-%A-%a.out"
         job = self.call("sbatch", "--parsable", f"--output={output}", f"--chdir={ROOT}", *options, file).strip()
-        deadline = time.monotonic() + SECONDS_FOR_A_JOB
-        while not set((states := self._states(job)).values()) <= ENDED:
-            assert time.monotonic() < deadline, f"job {job} did not end: {states}"
-            time.sleep(0.1)
+        states = self.wait(job)
         printed = {task: self._output(job, task) for task in states}
         assert set(states.values()) == {"COMPLETED"}, f"{states}\n{printed}"
         return printed
 
-    def _states(self, job: str) -> dict[str, str]:
-        """The state of each task of a job, by its id in the array."""
+    def wait(self, job: str) -> dict[str, str]:
+        """The states in which a job, or all tasks of an array, have ended, by task id ("" without array)."""
+        deadline = time.monotonic() + SECONDS_FOR_A_JOB
+        while not set((states := self._field(job, "JobState")).values()) <= ENDED:
+            assert time.monotonic() < deadline, f"job {job} did not end: {states}"
+            time.sleep(0.1)
+        return states
+
+    def field(self, job: str, name: str) -> str:
+        """What SLURM tells of a job without array."""
+        return self._field(job, name)[""]
+
+    def _field(self, job: str, name: str) -> dict[str, str]:
+        """The same of each task of a job, by its id in the array."""
         lines = self.call("scontrol", "show", "job", "-o", job).splitlines()
         fields = [dict(part.split("=", 1) for part in line.split() if "=" in part) for line in lines]
-        return {field.get("ArrayTaskId", ""): field["JobState"] for field in fields}
+        return {field.get("ArrayTaskId", ""): field[name] for field in fields}
 
     def _output(self, job: str, task: str) -> str:
         found = list(self.folder.glob(f"job-{job}-{task or '*'}.out"))

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Submit the whole walk, each job behind those whose files it reads: pipeline.sh WALK.env
+#
+# WALK.env holds the arguments of each command, as walk.env.example does; a step that it does not set is left out. Prints
+# a line a job: its name and number. A job that fails takes those behind it out of the queue.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+fail() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+[[ -e ${1:-} ]] || fail "${1:-no file of arguments}: give a file such as $here/walk.env.example"
+walk=$(realpath "$1")
+cd "$here/../.."
+# shellcheck source=/dev/null
+source "${MEGARQ_SITE:-$here/site.env}"
+# shellcheck source=/dev/null
+source "$walk"
+
+declare -A numbers
+
+# step NAME JOB BEHIND...: submit a job with the arguments of NAME, behind these steps, as far as they are part of the walk.
+step() {
+    local name=$1 job=$2 behind='' before
+    local -n arguments=$name options=${name}_SBATCH
+    shift 2
+    [[ -v arguments ]] || return 0
+    for before; do
+        [[ ${numbers[$before]:-} ]] && behind+=:${numbers[$before]}
+    done
+    [[ $behind ]] && behind="--dependency=afterok$behind"
+    numbers[$name]=$("$here/submit.sh" "$job" --kill-on-invalid-dep=yes ${behind:+"$behind"} "${options[@]}" -- "${arguments[@]}")
+    printf '%-16s %s\n' "${name,,}" "${numbers[$name]}"
+}
+
+step MAKE_SHARDS make_shards
+step TRAIN_TOKENIZER train_tokenizer MAKE_SHARDS
+step TRAIN_RQVAE train_rqvae MAKE_SHARDS
+step PRETOKENIZE pretokenize MAKE_SHARDS TRAIN_RQVAE
+step VERIFY_CODES verify_codes PRETOKENIZE
+step TRAIN train TRAIN_TOKENIZER PRETOKENIZE VERIFY_CODES
+step EXPORT export TRAIN
+step DRAW evaluate EXPORT
+step SCORE evaluate DRAW
