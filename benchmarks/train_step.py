@@ -108,7 +108,7 @@ def measure(
     engine = build_engine(module, config.train, ds, groups, decayed, device)
     task = TransformerTask(
         engine, module=module, config=config, rqvae=rqvae.to(device), tokenizer=None, validation=None, groups=groups,
-        device=device,
+        device=device, samples_per_epoch=args.steps * config.train.global_batch_size,
     )  # fmt: skip
     accumulation = batch_sizes(config.train, groups.topology.dp)[1]
     micro_batches = task.micro_batches(made_up_batch(config, groups), accumulation)

@@ -9,12 +9,22 @@ import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from megarq.errors import ConfigError, DivergenceError, FaultError, MegarqError, PreflightError, Stopped
+from megarq.errors import (
+    ConfigError,
+    DivergenceError,
+    FaultError,
+    LostDataError,
+    MegarqError,
+    PreflightError,
+    Stopped,
+    StorageError,
+)
 from megarq.launch.environment import read_environment
 from megarq.launch.stop import STOPPED
 
 SECONDS_FOR_RANK_ZERO = 5
-SAME_ON_ALL_RANKS = (ConfigError, DivergenceError, FaultError, PreflightError)
+SAME_ON_ALL_RANKS = (ConfigError, DivergenceError, FaultError, LostDataError, PreflightError)
+A_RESTART_MAY_HELP = (FaultError, StorageError)
 INTERRUPTED = "interrupted"
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 
@@ -22,8 +32,8 @@ OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 def run(main: Callable[[], None]) -> int:
     """Run a command and return its exit status.
 
-    0; 2 after printing a MegarqError on stderr, but 1 after a FaultError, which a restart may mend; 75 where training
-    stopped as asked; 130 when interrupted.
+    0; 2 after printing a MegarqError on stderr, but 1 after a fault that a restart may mend; 75 where training stopped
+    as asked; 130 when interrupted.
 
     What is the same on all ranks of a job is printed by rank 0 alone.
     """
@@ -35,7 +45,7 @@ def run(main: Callable[[], None]) -> int:
             print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
         else:
             time.sleep(SECONDS_FOR_RANK_ZERO)  # a launcher ends all ranks with the first, and rank 0 must have spoken
-        return 1 if isinstance(error, FaultError) else 2
+        return 1 if isinstance(error, A_RESTART_MAY_HELP) else 2
     except OSError as error:
         if error.filename is None:
             raise

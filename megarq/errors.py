@@ -13,6 +13,14 @@ class DataError(MegarqError):
     """Images, captions, code shards or tokenizers that are missing, damaged or do not fit each other."""
 
 
+class LostDataError(DataError):
+    """More samples of training than is allowed cannot be read any more; the same on all ranks."""
+
+
+class StorageError(MegarqError):
+    """Files that were there when a run started, and that this rank cannot read any more; a restart may help."""
+
+
 class DivergenceError(MegarqError):
     """A loss or gradient in training that is not a finite number any more; the same on all ranks."""
 

@@ -137,11 +137,17 @@ class DataConfig:
     """Rate of BPE dropout on training captions."""
     caption_dropout: float = 0.0
     """Share of training captions that are read as the empty one, which classifier-free guidance needs."""
+    retry_seconds: float = 30
+    """How long a shard that cannot be read in mid-run is waited for, but at most half of `faults.hang_seconds`; then
+    other samples stand in for its own."""
+    max_lost_rate: float = 0.01
+    """Share of an epoch's samples that others may stand in for; the run ends where there are more."""
 
     def validate(self) -> None:
         """Raise ConfigError where a value cannot be run."""
-        shares = dict.fromkeys(("bpe_dropout", "caption_dropout"), SHARE)
-        check_ranges("data", self, workers=AMOUNT, prefetch=COUNT, validation_shards=AMOUNT, **shares)
+        shares = dict.fromkeys(("bpe_dropout", "caption_dropout", "max_lost_rate"), SHARE)
+        amounts = dict.fromkeys(("workers", "validation_shards", "retry_seconds"), AMOUNT)
+        check_ranges("data", self, prefetch=COUNT, **amounts, **shares)
 
 
 @dataclass

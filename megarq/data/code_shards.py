@@ -8,28 +8,41 @@
 
 A file offset is known for every row, so a row, or a run of them, costs one positioned read of its own bytes. Captions
 lie one sample to a line (code_writer.py); the line offsets of recently used blocks are kept, not the text. That a file
-is whole is checked when it is opened.
+is whole is checked when it is opened, and every row that is read is held against its checksum.
 """
 
 import json
 import os
 import resource
+import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from megarq.data.manifest import Manifest, ShardRecord, member_row_bytes
+from megarq.data.manifest import CHECKSUMS, SECTIONS, Manifest, ShardRecord, checksummed, member_row_bytes
 from megarq.data.order import IntArray
 from megarq.errors import DataError
 
 MAX_OPEN_FILES = 512
 MAX_LINE_TABLES = 2048
-SECTIONS = ("keys", "captions", "labels")
-"""Of a block's samples.json, in order: n + 1 lines each, the first of them its head."""
+
+
+class ShardError(DataError):
+    """A shard that cannot be read, or that holds other bytes than were written."""
+
+    def __init__(self, message: str, blocks: npt.ArrayLike = (), passing: bool = False) -> None:
+        """blocks: numbers, within what was read from, of the blocks that are out of reach.
+
+        passing: the whole file is, as it may be for a while where storage has a hiccup.
+        """
+        super().__init__(message)
+        self.blocks: IntArray = np.asarray(blocks, np.int64)
+        self.passing = passing
 
 
 class CodeShards:
@@ -70,6 +83,8 @@ class CodeShards:
         for name, row_bytes in self._row_bytes.items():
             ends = np.array([sum(block.members[name]) for block in blocks], np.int64)
             self._starts[name] = ends - self._rows * row_bytes
+        self._columns = {part: column for column, part in enumerate(checksummed(self.settings))}
+        self._last_checksums: tuple[tuple[int, int, int], npt.NDArray[np.uint32]] | None = None
         self._text = np.array([block.members["samples.json"] for block in blocks], np.int64).reshape(-1, 2)
 
     @classmethod
@@ -78,10 +93,15 @@ class CodeShards:
         manifest = Manifest.load(Path(folder))
         return cls(Path(folder), manifest, range(len(manifest.shards)))
 
-    def check_files(self) -> None:
-        """Raise DataError where a shard of the view is missing, or of another size than recorded."""
+    def faulty_files(self) -> dict[Path, DataError]:
+        """The shards of the view that are missing, or of another size than recorded."""
+        faulty = {}
         for record in self._records:
-            check_size(self.folder, record)
+            try:
+                check_size(self.folder, record)
+            except DataError as error:
+                faulty[self.folder / record.file] = error
+        return faulty
 
     def without(self, sample_ids: npt.ArrayLike) -> "CodeShards":
         """The view without the samples of these numbers. All other samples keep theirs."""
@@ -186,7 +206,8 @@ class CodeShards:
         if rows[-1] - rows[0] >= len(rows):  # samples between them are left out
             whole = np.empty((int(rows[-1] - rows[0]) + 1, *out.shape[1:]), out.dtype)
         offset = int(self._starts[name][block] + rows[0] * self._row_bytes[name])
-        self._files.read_into(int(self._shard_of_block[block]), offset, whole.reshape(-1).view(np.uint8))
+        self._fill(block, offset, whole.reshape(-1).view(np.uint8))
+        self._check(name, block, int(rows[0]), list(whole.reshape(len(whole), -1).view(np.uint8)))
         if whole is not out:
             out[:] = whole[rows - rows[0]]
 
@@ -195,9 +216,10 @@ class CodeShards:
         rows = self._file_rows(np.full(count, block), first + np.arange(count))
         line = SECTIONS.index(section) * (int(self._rows[block]) + 1) + 1 + rows
         ends = self._line_ends(block)
-        start, stop = int(ends[line[0] - 1]), int(ends[line[-1]])
-        buffer = np.empty(stop - start, np.uint8)
-        self._files.read_into(int(self._shard_of_block[block]), int(self._text[block, 0]) + start, buffer)
+        bounds = ends[line[0] - 1 : line[-1] + 1] - ends[line[0] - 1]
+        buffer = np.empty(int(bounds[-1]), np.uint8)
+        self._fill(block, int(self._text[block, 0] + ends[line[0] - 1]), buffer)
+        self._check(section, block, int(rows[0]), [buffer[a:b] for a, b in pairwise(bounds.tolist())])
         try:
             entries = json.loads(b"[" + buffer.tobytes().rstrip(b",\n") + b"]")
             if len(entries) != line[-1] - line[0] + 1:
@@ -230,11 +252,33 @@ class CodeShards:
     def _read(self, name: str, block: IntArray, row: IntArray, where: IntArray, out: npt.NDArray[Any]) -> None:
         """Fill out[where] with those rows of member `name`; file by file, in the order of the bytes."""
         row_bytes = self._row_bytes[name]
-        shards = self._shard_of_block[block[where]]
-        offsets = self._starts[name][block[where]] + self._file_rows(block[where], row[where]) * row_bytes
+        shards, rows = self._shard_of_block[block[where]], self._file_rows(block[where], row[where])
+        offsets = self._starts[name][block[where]] + rows * row_bytes
         flat = out.reshape(len(out), -1).view(np.uint8)
         for i in np.lexsort((offsets, shards)).tolist():
-            self._files.read_into(int(shards[i]), int(offsets[i]), flat[where[i]])
+            here, data = int(block[where[i]]), flat[where[i]]
+            self._fill(here, int(offsets[i]), data)
+            self._check(name, here, int(rows[i]), [data])
+
+    def _fill(self, block: int, offset: int, buffer: npt.NDArray[np.uint8]) -> None:
+        """Read from the shard that a block lies in."""
+        shard = int(self._shard_of_block[block])
+        try:
+            self._files.read_into(shard, offset, buffer)
+        except DataError as error:
+            raise ShardError(str(error), np.flatnonzero(self._shard_of_block == shard), passing=True) from error
+
+    def _check(self, part: str, block: int, first: int, rows: list[npt.NDArray[np.uint8]]) -> None:
+        """Raise ShardError where rows first .. of one part of a block are not those that were written."""
+        place = block, first, len(rows)
+        if self._last_checksums is None or self._last_checksums[0] != place:
+            checksums = np.empty((len(rows), len(self._columns)), "<u4")
+            offset = int(self._starts[CHECKSUMS][block] + first * self._row_bytes[CHECKSUMS])
+            self._fill(block, offset, checksums.reshape(-1).view(np.uint8))
+            self._last_checksums = place, checksums
+        expected = self._last_checksums[1][:, self._columns[part]]
+        if [zlib.crc32(row.data) for row in rows] != expected.tolist():
+            raise self._damaged(block, f"{part} and its checksum differ")
 
     def _file_rows(self, block: IntArray, row: IntArray) -> IntArray:
         """[n], [n] -> rows in the file, where those left out are too."""
@@ -247,7 +291,7 @@ class CodeShards:
             return self._line_tables[block]
         offset, size = self._text[block]
         buffer = np.empty(int(size), np.uint8)
-        self._files.read_into(int(self._shard_of_block[block]), int(offset), buffer)
+        self._fill(block, int(offset), buffer)
         ends = (np.flatnonzero(buffer == ord("\n")) + 1).astype(np.int32)
         if len(ends) != 3 * self._rows[block] + 4:
             raise self._damaged(block, f"{len(ends)} lines")
@@ -256,10 +300,14 @@ class CodeShards:
             self._line_tables.popitem(last=False)
         return ends
 
-    def _damaged(self, block: int, reason: str) -> DataError:
-        return DataError(
-            f"{self.folder / self.file_of(block)}: the captions of a block are damaged ({reason}). Copy the shard "
-            "again, or remove it and run tools/pretokenize.py again."
+    def _damaged(self, block: int, reason: str) -> ShardError:
+        """To be raised of a block; nothing of it stays in memory."""
+        self._line_tables.pop(block, None)
+        self._last_checksums = None
+        return ShardError(
+            f"{self.folder / self.file_of(block)}: a block is damaged ({reason}). Copy the shard again, or remove it "
+            "and run tools/pretokenize.py again.",
+            [block],
         )
 
 
@@ -303,15 +351,21 @@ class _OpenFiles:
             file.close()
 
     def read_into(self, number: int, offset: int, buffer: npt.NDArray[np.uint8]) -> None:
-        """Fill `buffer` from file `number`. Raises: DataError where it is missing, not whole, or ends before."""
+        """Fill `buffer` from file `number`.
+
+        Raises: DataError where it is missing, not whole, or ends before; the next read opens it again.
+        """
+        path = self._folder / self._records[number].file
         try:
             count = os.preadv(self._file(number).fileno(), [buffer.data], offset)
-        except OSError as error:
-            path = self._folder / self._records[number].file
+            if count != len(buffer):
+                raise DataError(f"code shard {path} ends at {offset + count}: truncated. Copy it again.")
+        except (OSError, DataError) as error:
+            if number in self._open:
+                self._open.pop(number).close()
+            if isinstance(error, DataError):
+                raise
             raise DataError(f"code shard {path} cannot be read ({error}). Check its disk.") from error
-        if count != len(buffer):
-            path = self._folder / self._records[number].file
-            raise DataError(f"code shard {path} ends at {offset + count}: truncated. Copy it again.")
 
     def _file(self, number: int) -> BinaryIO:
         file = self._open.get(number)

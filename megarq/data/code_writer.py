@@ -1,7 +1,7 @@
 """Writing one code shard: an uncompressed tar of blocks whose bytes depend on their content alone.
 
     000003.tar:  000000.codes.npy  000000.draw1.npy .. 000000.drawN.npy  [000000.latents.npy]  000000.samples.json
-                 000001.codes.npy  ...
+                 000000.crc32.npy  000001.codes.npy  ...
 
 `samples.json` is one JSON object of three lists, {"keys", "captions", "labels"}, with one sample's entry on each line,
 so that a reader can take one sample's captions out without parsing the block:
@@ -21,7 +21,8 @@ so that a reader can take one sample's captions out without parsing the block:
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -30,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megarq.data.files import HashingFile, data_file
-from megarq.data.manifest import BlockRecord, CodeSettings, ShardRecord
+from megarq.data.manifest import CHECKSUMS, SECTIONS, BlockRecord, CodeSettings, ShardRecord, checksummed
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def _write_block(tar: tarfile.TarFile, key: str, settings: CodeSettings, block: 
     if block.latents is not None:
         content["latents.npy"] = _npy_bytes(block.latents, np.dtype("<f2"), (samples, *(settings.latent_shape or ())))
     content["samples.json"] = samples_json(block.keys, block.captions, block.labels)
+    checksums = np.stack([checksums_of(part, content, samples) for part in checksummed(settings)], axis=1)
+    content[CHECKSUMS] = _npy_bytes(checksums, np.dtype("<u4"), checksums.shape)
     members = {}
     for name, data in content.items():
         info = tarfile.TarInfo(f"{key}.{name}")
@@ -96,6 +99,18 @@ def _write_block(tar: tarfile.TarFile, key: str, settings: CodeSettings, block: 
         members[name] = (tar.offset + tarfile.BLOCKSIZE, len(data))
         tar.addfile(info, io.BytesIO(data))
     return BlockRecord(key, samples, members)
+
+
+def checksums_of(part: str, content: Mapping[str, bytes], samples: int) -> npt.NDArray[np.uint32]:
+    """[n] of every sample's bytes in one part of a block, given its members. Raises: ValueError where one is cut."""
+    rows: Iterable[bytes | memoryview]
+    if part in SECTIONS:
+        first = SECTIONS.index(part) * (samples + 1) + 1
+        rows = content["samples.json"].splitlines(keepends=True)[first : first + samples]
+    else:
+        array = np.load(io.BytesIO(content[part]), allow_pickle=False)
+        rows = [row.data for row in array.reshape(samples, -1).view(np.uint8)]
+    return np.fromiter(map(zlib.crc32, rows), "<u4", samples)
 
 
 def _npy_bytes(array: npt.NDArray[Any], dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megarq.data.code_shards import CodeShards
+from megarq.data.code_shards import CodeShards, ShardError
 from megarq.data.order import IntArray
 from megarq.errors import DataError
 
@@ -33,16 +33,20 @@ def read_list(file: Path) -> set[str]:
     return {line for text in lines if (line := text.rstrip("\r")).strip() and not line.startswith("# ")}
 
 
-def excluded_samples(folders: Sequence[CodeShards], lists: Sequence[Sequence[Path]]) -> list[IntArray]:
+def excluded_samples(
+    folders: Sequence[CodeShards], lists: Sequence[Sequence[Path]], without_lost: bool = False
+) -> list[IntArray]:
     """Numbers of the samples of each folder that its lists name, ascending; entries that match nothing are warned of.
 
-    Raises: DataError where a list or a shard cannot be read.
+    without_lost: nothing is left out of blocks that cannot be read: training cannot read them either.
+
+    Raises: DataError where a list cannot be read, or otherwise a shard.
     """
     entries = {file: read_list(file) for files in lists for file in files}
     matched: dict[Path, set[str]] = {file: set() for file in entries}
     excluded = []
     for codes, files in zip(folders, lists, strict=True):
-        samples, found = _find(codes, set().union(*(entries[file] for file in files)))
+        samples, found = _find(codes, set().union(*(entries[file] for file in files)), without_lost)
         for file in files:
             matched[file] |= entries[file] & found
         excluded.append(samples)
@@ -56,7 +60,7 @@ def excluded_samples(folders: Sequence[CodeShards], lists: Sequence[Sequence[Pat
     return excluded
 
 
-def _find(codes: CodeShards, entries: Iterable[str]) -> tuple[IntArray, set[str]]:
+def _find(codes: CodeShards, entries: Iterable[str], without_lost: bool) -> tuple[IntArray, set[str]]:
     """Numbers of the samples that these entries name, and the entries that name one."""
     files = {shard.file for shard in codes.manifest.shards}
     named: dict[str, set[str]] = {}
@@ -74,7 +78,13 @@ def _find(codes: CodeShards, entries: Iterable[str]) -> tuple[IntArray, set[str]
         here = named.get(file, set())
         if rows == 0 or not (here or anywhere):
             continue
-        keys = codes.text_run("keys", block, 0, rows)
+        try:
+            keys = codes.text_run("keys", block, 0, rows)
+        except ShardError as error:
+            if not without_lost:
+                raise
+            logger.warning("%s None of the %d samples of a block are left out.", error, rows)
+            continue
         places = np.array([row for row, key in enumerate(keys) if key in here or key in anywhere], np.int64)
         for key in (keys[row] for row in places):
             found |= {f"{file}/{key}"} if key in here else set()

@@ -9,6 +9,9 @@ Worked example: 1,797 samples of [8, 8, 4] codes, global batch B = 64 on 2 ranks
     caption_encoder caption -> 32 tokens, with dropout seeded by (seed, sample, epoch)
     CodeBatch       codes [32, 8, 8, 4] int64, cond [32, 32] int64, latents or None, .., and the state after it
 
+Where a block cannot be read any more (lost.py), other samples stand in for its own in training, and in validation they
+weigh nothing.
+
 A draw is chosen by block, so that a window is one read of that draw's bytes. The samples of a block were drawn
 independently of each other, so which draw they take together says nothing about their codes.
 
@@ -16,11 +19,12 @@ Legend: b samples of this rank, n of one worker, H, W, D code shape, C codebook 
 """
 
 import logging
+import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +33,16 @@ from torch import Tensor
 
 from megarq.data.batches import batches_in_order, check_share
 from megarq.data.code_shards import CodeShards
+from megarq.data.lost import LostBlocks, stand_ins
 from megarq.data.mixture import Mixture
 from megarq.data.order import IntArray, LoaderState, Picks, hash_array, mix, rank_share, sample_hash
 from megarq.data.windows import LaneWindows, Rows
-from megarq.errors import DataError
+from megarq.errors import DataError, StorageError
 
 logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 30.0
+MOST_STAND_INS = 32
 
 CaptionEncoder = Callable[[str, int | None], list[int]]
 """(caption, seed of its dropout or None for none) -> exactly L token ids."""
@@ -58,6 +66,10 @@ class CodeBatch:
     """[b] int64 pass over its folder that each sample belongs to; a batch may stand in two."""
     state: LoaderState
     """Where the loader stands after this batch: start there to go on."""
+    lost: int = 0
+    """Samples that could not be read: others stand in for them, or they have no weight."""
+    news: list[str] = field(default_factory=list)
+    """What could not be read any more from this batch on, as sentences without a full stop."""
 
 
 @dataclass
@@ -76,6 +88,9 @@ class Part:
     """[n] int64."""
     epochs: Tensor
     """[n] int64."""
+    lost: Tensor
+    """[n] bool."""
+    news: list[str]
 
 
 class SampleMaker:
@@ -91,10 +106,13 @@ class SampleMaker:
         caption_encoder: CaptionEncoder | None,
         caption_dropout: float = 0.0,
         seed: int,
+        retry_seconds: float = RETRY_SECONDS,
     ) -> None:
         """targets: "draws", "argmin" or "soft"; condition: "text", "class" or "none".
 
-        caption_dropout: share of captions that are read as empty, where `make` is asked for dropout.
+        caption_dropout: share of captions that are read as empty, where `make` is asked for it.
+
+        retry_seconds: how long a shard that cannot be read is waited for.
 
         Raises: DataError where the shards lack what is asked for: draws, latents, captions or classes.
         """
@@ -102,6 +120,7 @@ class SampleMaker:
         self._targets, self._condition = targets, condition
         self._cond_length, self._caption_encoder = cond_length, caption_encoder
         self._caption_dropout = caption_dropout
+        self._lost = LostBlocks(len(data.block_sizes), retry_seconds)
         for folder in data.folders:
             _check_targets(folder, targets)
             _check_condition(folder, condition, cond_length, caption_encoder)
@@ -110,40 +129,91 @@ class SampleMaker:
         """Of what `read` says of a sample besides its codes: a caption or a class."""
 
     def read(self, block: int, first: int, epoch: int, codes: Rows, text: Rows) -> None:
-        """Fill codes [n, H, W, D] and text [n] with rows first .. first + n - 1 of a block in an epoch."""
-        folder, number = self._data.place(block)
+        """Fill codes [n, H, W, D] and text [n] with rows first .. first + n - 1 of a block in an epoch.
+
+        What is left in them where the block is lost has no meaning, but is valid.
+        """
+        if self._lost.mask[block] or self._lost.read(lambda: self._read(block, first, epoch, codes, text)) is None:
+            codes[:], text[:] = 0, "" if self._condition == "text" else 0
+
+    def _read(self, block: int, first: int, epoch: int, codes: Rows, text: Rows) -> Literal[True]:
         draw = 0
         if self._targets == "draws":
             draw = 1 + (int(self._first_draw[block]) + epoch) % int(self._data.draws[block])
-        folder.read_run(number, first, draw, codes)
+        self._data.read_run(block, first, draw, codes)
         if self._condition == "class":
-            text[:] = folder.text_run("labels", number, first, len(text))
+            text[:] = self._data.text_run("labels", block, first, len(text))
         elif self._condition == "text":
             rows = first + np.arange(len(text))
             hashes = sample_hash(self._seed, self._data.sample_ids(np.full_like(rows, block), rows)).tolist()
-            captions = zip(folder.text_run("captions", number, first, len(text)), hashes, strict=True)
+            captions = zip(self._data.text_run("captions", block, first, len(text)), hashes, strict=True)
             text[:] = [turns[(start + epoch) % len(turns)] if turns else "" for turns, start in captions]
+        return True
 
-    def make(self, picks: Picks, codes: Rows, text: Rows, places: IntArray, *, dropout: bool = True) -> Part:
-        """The tensors of samples that were read as codes [n, H, W, D] and text [n]; without dropout: whole captions."""
+    def make(self, picks: Picks, codes: Rows, text: Rows, places: IntArray, *, training: bool = True) -> Part:
+        """The tensors of samples that were read as codes [n, H, W, D] and text [n].
+
+        In training others stand in for those that are lost; otherwise captions are whole. Raises: StorageError where no
+        stand-in can be read.
+        """
+        picks, latents, lost = self._complete(picks, codes, text, training)
         ids = self._data.sample_ids(picks.block, picks.row)
-        latents = None
-        if self._targets == "soft":
-            latents = torch.from_numpy(self._data.read_latents(picks.block, picks.row))
         seeds = None
-        if self._condition == "text" and dropout:
+        if self._condition == "text" and training:
             hashes = mix(sample_hash(self._seed, ids) ^ mix(picks.epoch.astype(np.uint64)))
             seeds = (hashes >> np.uint64(1)).tolist()
             numbers = (mix(hashes) >> np.uint64(11)) * 2.0**-53  # [n] from 0 to 1
             text = np.where(numbers < self._caption_dropout, "", text)
+        news, self._lost.news = self._lost.news, []
         return Part(
             torch.from_numpy(places),
             torch.from_numpy(codes),
             self._cond(text, seeds),
-            latents,
+            None if latents is None else torch.from_numpy(latents),
             torch.from_numpy(ids),
             torch.from_numpy(picks.epoch),
+            torch.from_numpy(lost),
+            news,
         )
+
+    def _complete(
+        self, picks: Picks, codes: Rows, text: Rows, replace_lost: bool
+    ) -> tuple[Picks, npt.NDArray[np.float16] | None, npt.NDArray[np.bool_]]:
+        """(samples, latents [n, H, W, C] of soft targets, which were lost [n]); stand-ins fill codes and text."""
+        soft = self._targets == "soft"
+        latents = np.zeros((len(codes), *(self._data.settings.latent_shape or ())), "<f2") if soft else None
+        lost_at_first = self._lost.mask[picks.block]
+        for attempt in range(MOST_STAND_INS):
+            lost = self._lost.mask[picks.block]
+            lost_at_first |= lost
+            if replace_lost and lost.any():
+                picks = self._with_stand_ins(picks, lost, attempt, codes, text)
+            elif latents is None or self._fill_latents(picks, ~lost, latents):
+                return picks, latents, lost_at_first
+        raise StorageError(
+            f"none of {MOST_STAND_INS} samples drawn in place of one that cannot be read can be read either: "
+            f"{', '.join(str(folder.folder) for folder in self._data.folders)}. Check the storage of this machine "
+            f"({socket.gethostname()})."
+        )
+
+    def _with_stand_ins(
+        self, picks: Picks, lost: npt.NDArray[np.bool_], attempt: int, codes: Rows, text: Rows
+    ) -> Picks:
+        block, row = picks.block.copy(), picks.row.copy()
+        given = picks.at(lost)
+        block[lost], row[lost] = stand_ins(
+            given.block, given.row, given.epoch, self._data.block_sizes, self._seed, attempt
+        )
+        for i in np.flatnonzero(lost).tolist():
+            self.read(int(block[i]), int(row[i]), int(picks.epoch[i]), codes[i : i + 1], text[i : i + 1])
+        return replace(picks, block=block, row=row)
+
+    def _fill_latents(self, picks: Picks, where: npt.NDArray[np.bool_], latents: Rows) -> bool:
+        """Whether the latents of these samples could be read."""
+        found = self._lost.read(lambda: self._data.read_latents(picks.block[where], picks.row[where]))
+        if found is not None:
+            latents[where] = found
+        return found is not None
 
     def _cond(self, text: Rows, seeds: list[int] | None) -> Tensor:
         """[n, L]: classes, zeros, or captions as tokens, with dropout where seeds are given."""
@@ -178,6 +248,8 @@ def join(parts: list[Part], state: LoaderState, pin_memory: bool = False) -> Cod
         sample_ids=whole("sample_ids"),
         epochs=whole("epochs"),
         state=state,
+        lost=sum(int(part.lost.sum()) for part in parts),
+        news=[line for part in parts for line in part.news],
     )
 
 
@@ -236,12 +308,15 @@ class CodeLoader:
         prefetch: int = 2,
         pin_memory: bool = False,
         start: LoaderState | None = None,
+        retry_seconds: float = RETRY_SECONDS,
     ) -> None:
         """caption_dropout: share of captions that are read as empty.
 
         rank, world_size: data-parallel; workers: processes of this rank that share its batches, 0 for none.
 
         prefetch: batches that the workers make ahead; pin_memory: hand batches over in page-locked memory, for CUDA.
+
+        retry_seconds: how long a shard that cannot be read is waited for before others stand in for its samples.
 
         Raises: DataError where the ranks cannot share the batch, the start is of other data, or the shards lack what
         the targets or the condition need.
@@ -255,6 +330,7 @@ class CodeLoader:
             caption_encoder=caption_encoder,
             caption_dropout=caption_dropout,
             seed=seed,
+            retry_seconds=retry_seconds,
         )
         self._data, self._order = data, data.order(seed)
         self._code_shape = data.settings.code_shape
@@ -316,15 +392,23 @@ def validation_batches(
     world_size: int = 1,
     seed: int = 0,
     targets: str = "draws",
+    retry_seconds: float = RETRY_SECONDS,
 ) -> Iterator[CodeBatch]:
     """Every sample once, in order, the same in every call; each rank gets ceil(N / B) batches of B / world_size.
 
-    The last global batch is filled up with samples of weight 0. Captions are encoded without dropout.
+    The last global batch is filled up with samples of weight 0; those that cannot be read have it too. Captions are
+    encoded without dropout.
     Raises: as CodeLoader, at once.
     """
     share = check_share(global_batch_size, world_size)
     maker = SampleMaker(
-        data, targets=targets, condition=condition, cond_length=cond_length, caption_encoder=caption_encoder, seed=seed
+        data,
+        targets=targets,
+        condition=condition,
+        cond_length=cond_length,
+        caption_encoder=caption_encoder,
+        seed=seed,
+        retry_seconds=retry_seconds,
     )
     ends = np.cumsum(data.block_sizes)
 
@@ -340,9 +424,9 @@ def validation_batches(
             here = slice(int(run[0]), int(run[-1]) + 1)
             maker.read(int(block[run[0]]), int(row[run[0]]), 0, codes[here], text[here])
         none = np.zeros_like(block)
-        part = maker.make(Picks(none, none, none, none, block, row), codes, text, np.arange(share), dropout=False)
+        part = maker.make(Picks(none, none, none, none, block, row), codes, text, np.arange(share), training=False)
         batch = join([part], LoaderState(0, min(first + global_batch_size, data.samples)))
-        batch.weights = torch.from_numpy((places < data.samples).astype(np.float32))
+        batch.weights = torch.from_numpy((places < data.samples).astype(np.float32)) * ~part.lost
         return batch
 
     return map(batch_from, range(0, data.samples, global_batch_size))

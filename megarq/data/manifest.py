@@ -1,6 +1,6 @@
 """The description of a folder of code shards: `manifest.json`, and one record beside each shard until it is complete.
 
-    {"format": "megarq-codes", "version": 2,
+    {"format": "megarq-codes", "version": 3,
      "samples": 1797, "captioned": 1797, "labelled": 0, "classes": 0, "skipped": 0,
      "code_shape": [8, 8, 4], "codebook_sizes": [256, 256, 256, 256], "draws": 8, "temperature": 0.5,
      "latent_shape": [8, 8, 64] or null, "fingerprint": "9f3c...", "transform": "center", "resolution": 32, "seed": 0,
@@ -12,6 +12,7 @@
 
 A member's two numbers are the byte offset and the size of its data in the tar. The array of an .npy member is the tail
 of its data, so row i of n begins at offset + size - (n - i) * bytes per row. Latents are float16 [n, H, W, C].
+crc32.npy is uint32 [n, parts]: of each sample the CRC-32 of its bytes in each part, as `checksummed` lists them.
 """
 
 import json
@@ -25,8 +26,12 @@ from megarq.data.files import data_file
 from megarq.errors import DataError
 
 FORMAT = "megarq-codes"
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
+CHECKSUMS = "crc32.npy"
+"""The member of a block that holds the checksums of its samples."""
+SECTIONS = ("keys", "captions", "labels")
+"""Of a block's samples.json, in order: n + 1 lines each, the first of them its head."""
 
 
 @dataclass(frozen=True)
@@ -228,14 +233,23 @@ def _block_from(content: dict[str, Any], row_bytes: dict[str, int], shard_bytes:
     return block
 
 
+def checksummed(settings: CodeSettings) -> list[str]:
+    """Of what a sample's checksums are, in order: its row of each array, and its line in each section of the text."""
+    return [*_array_row_bytes(settings), *SECTIONS]
+
+
 def member_row_bytes(settings: CodeSettings) -> dict[str, int]:
     """Bytes of one sample in each member that a block must have (0 for the JSON, whose rows differ)."""
+    return _array_row_bytes(settings) | {"samples.json": 0, CHECKSUMS: 4 * len(checksummed(settings))}
+
+
+def _array_row_bytes(settings: CodeSettings) -> dict[str, int]:
     height, width, depth = settings.code_shape
     names = ["codes.npy", *(f"draw{draw}.npy" for draw in range(1, settings.draws + 1))]
     sizes = dict.fromkeys(names, height * width * depth * 2)
     if settings.latent_shape is not None:
         sizes["latents.npy"] = settings.latent_shape[0] * settings.latent_shape[1] * settings.latent_shape[2] * 2
-    return sizes | {"samples.json": 0}
+    return sizes
 
 
 def _reason(error: Exception) -> str:

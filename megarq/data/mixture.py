@@ -16,13 +16,16 @@ Worked example: folders of N = 1000 and 400 samples with weights 1 and 0.5, so n
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from megarq.data.code_shards import CodeShards
+from megarq.data.code_shards import CodeShards, ShardError
 from megarq.data.order import MAX_LANES, WINDOW, IntArray, Picks, SampleOrder
 from megarq.errors import ConfigError, DataError
 
@@ -128,10 +131,31 @@ class Mixture:
         """The endless stream of samples, mixed by weight."""
         return MixedOrder([folder.block_sizes for folder in self.folders], self.counts, seed)
 
-    def place(self, block: int) -> tuple[CodeShards, int]:
-        """The folder that holds a block, and the block's number in it."""
-        number = int(self._folder_of_block[block])
-        return self.folders[number], block - int(self._starts[number])
+    def read_run(self, block: int, first: int, draw: int, out: npt.NDArray[np.uint16]) -> None:
+        """Fill out [n, H, W, D] with the code stacks of rows first .. first + n - 1 of a block, in one read."""
+        folder, number = self._place(block)
+        with self._counted_through(folder):
+            self.folders[folder].read_run(number, first, draw, out)
+
+    def text_run(self, section: str, block: int, first: int, count: int) -> list[Any]:
+        """What a section ("keys", "captions" or "labels") says of rows first .. first + count - 1, in one read."""
+        folder, number = self._place(block)
+        with self._counted_through(folder):
+            return self.folders[folder].text_run(section, number, first, count)
+
+    def _place(self, block: int) -> tuple[int, int]:
+        """The number of the folder that holds a block, and the block's number in it."""
+        folder = int(self._folder_of_block[block])
+        return folder, block - int(self._starts[folder])
+
+    @contextmanager
+    def _counted_through(self, folder: int) -> Iterator[None]:
+        """Blocks that a folder says are out of reach are counted through all folders."""
+        try:
+            yield
+        except ShardError as error:
+            error.blocks = error.blocks + self._starts[folder]
+            raise
 
     def sample_ids(self, block: IntArray, row: IntArray) -> IntArray:
         """[n], [n] -> numbers [n] of the samples."""
@@ -149,11 +173,12 @@ class Mixture:
             found |= folder.files(blocks[here] - self._starts[number])
         return found
 
-    def read_latents(self, block: IntArray, row: IntArray) -> np.ndarray[tuple[int, ...], np.dtype[np.float16]]:
+    def read_latents(self, block: IntArray, row: IntArray) -> npt.NDArray[np.float16]:
         """[n], [n] -> latents [n, H, W, C]. Raises: DataError where none are stored."""
         latents = np.empty((len(block), *(self.settings.latent_shape or ())), "<f2")
         for folder, number, here in self._by_folder(block):
-            latents[here] = folder.read_latents(block[here] - self._starts[number], row[here])
+            with self._counted_through(number):
+                latents[here] = folder.read_latents(block[here] - self._starts[number], row[here])
         return latents
 
     def describe(self) -> list[dict[str, float | int]]:

@@ -1,5 +1,6 @@
 """Stage 2: training the RQ-Transformer on code shards."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 from megarq.config.deepspeed import batch_sizes
 from megarq.config.run import RQTransformerRunConfig
-from megarq.data.code_shards import CodeShards
+from megarq.data.code_shards import CodeShards, ShardError
 from megarq.data.exclusion import excluded_samples
 from megarq.data.loader import CodeBatch, CodeLoader, validation_batches
 from megarq.data.manifest import MANIFEST
@@ -55,13 +56,15 @@ def train_transformer(
     lists = [path for source in sources for path in source.exclusions]
     session.see(*manifests, *lists, tokenizer_file, validation and validation / MANIFEST, contents=True)
     rqvae = alike(lambda: load_rqvae(sources[0].folder, session.device)).requires_grad_(False)
-    excluded = from_rank_zero(lambda: check_and_exclude(sources, validation))
+    going_on = session.checkpoint is not None
+    excluded, faulty = from_rank_zero(lambda: check_and_exclude(sources, validation, going_on))
     train_data, held_out = alike(lambda: open_data(config, sources, excluded, validation, rqvae))
     if session.checkpoint is not None:
         train_data.folders[0].check_fingerprint(session.checkpoint.metadata["rqvae_fingerprint"])
     tokenizer = alike(lambda: open_tokenizer(config, tokenizer_file))
     loader, held_out_batches = alike(lambda: make_batches(session, train_data, held_out, tokenizer))
-    session.read(loader.files() | (held_out.files() if held_out else {}))
+    files = loader.files() | (held_out.files() if held_out else {})
+    session.read({file: size for file, size in files.items() if file not in faulty})
     module = build_transformer(config, session.ds, session.groups, session.device, layer_flops, rqvae)
     session.keep_beside(lambda run: save_rqvae(rqvae, run / "rqvae"))
     if tokenizer_file is not None and tokenizer is not None:
@@ -75,10 +78,14 @@ def train_transformer(
         validation=held_out_batches,
         groups=session.groups,
         device=session.device,
-        sample_prompts=first_captions((held_out or train_data).folders[0], config.log.sample_count),
+        samples_per_epoch=loader.samples_per_epoch,
+        sample_prompts=from_rank_zero(
+            lambda: first_captions((held_out or train_data).folders[0], config.log.sample_count)
+        ),
     )
     trained_on = {"rqvae_fingerprint": fingerprint(rqvae), "data": train_data.describe()}
     notes = [] if session.checkpoint is None else changed_data(session.checkpoint.metadata.get("data"), train_data)
+    notes += [f"going on without a shard: {reason}" for reason in faulty.values()]
     if topology.pp > 1:
         notes.append(describe_pipeline(layer_flops, topology.pp, batch_sizes(config.train, topology.dp)[1]))
     session.train(
@@ -123,6 +130,7 @@ def make_batches(
         "world_size": topology.dp,
         "seed": config.train.seed,
         "targets": config.objective.targets,
+        "retry_seconds": min(config.data.retry_seconds, config.faults.hang_seconds / 2 or math.inf),
     }
     encode = partial(encode_caption, tokenizer, config.model.cond_length) if tokenizer else None
     loader = CodeLoader(
@@ -144,11 +152,14 @@ def make_batches(
 
 
 def first_captions(data: CodeShards, count: int) -> list[str]:
-    """A caption of each of the first samples that have one; none where the data have no captions."""
+    """A caption of each of the first samples that have one; none where there are no captions, or they are lost."""
     if data.captioned == 0:
         return []
-    rows = range(min(count, int(data.block_sizes[0])))
-    return [captions[0] for row in rows if (captions := data.captions(0, row))]
+    try:
+        captions = data.text_run("captions", 0, 0, min(count, int(data.block_sizes[0])))
+    except ShardError:
+        return []
+    return [of_sample[0] for of_sample in captions if of_sample]
 
 
 def encode_caption(tokenizer: TextTokenizer, length: int, dropout: float, caption: str, seed: int | None) -> list[int]:
@@ -156,15 +167,20 @@ def encode_caption(tokenizer: TextTokenizer, length: int, dropout: float, captio
     return tokenizer.encode(caption, length, 0.0 if seed is None else dropout, seed)
 
 
-def check_and_exclude(sources: Sequence[Source], validation: Path | None) -> list[IntArray]:
-    """Numbers of the samples to leave out of each folder; that all shards are there is checked on the way.
+def check_and_exclude(
+    sources: Sequence[Source], validation: Path | None, going_on: bool
+) -> tuple[list[IntArray], dict[Path, DataError]]:
+    """(numbers of the samples to leave out of each folder, shards that are missing or cut and what is wrong with each).
 
-    Raises DataError where a shard or a list is missing or damaged.
+    Raises DataError where a list is missing, and in a new run where a shard is: one that goes on does without.
     """
     folders = [CodeShards.open(source.folder) for source in sources]
+    faulty: dict[Path, DataError] = {}
     for folder in (*folders, *([CodeShards.open(validation)] if validation else [])):
-        folder.check_files()
-    return excluded_samples(folders, [source.exclusions for source in sources])
+        faulty |= folder.faulty_files()
+    if faulty and not going_on:
+        raise next(iter(faulty.values()))
+    return excluded_samples(folders, [source.exclusions for source in sources], going_on), faulty
 
 
 def open_data(

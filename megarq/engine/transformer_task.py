@@ -15,6 +15,7 @@ from torchvision.utils import make_grid
 from megarq.config.deepspeed import batch_sizes
 from megarq.config.run import RQTransformerRunConfig
 from megarq.data.loader import CodeBatch
+from megarq.engine.lost_samples import LostSamples, same_for_peers
 from megarq.engine.metrics import Findings
 from megarq.engine.passes import Passes, PipelinePasses, PlainPasses
 from megarq.engine.snapshot import whole_transformer
@@ -44,6 +45,7 @@ class TransformerTask:
         validation: Callable[[], Iterable[CodeBatch]] | None,
         groups: ProcessGroups,
         device: torch.device,
+        samples_per_epoch: int,
         sample_prompts: Sequence[str] = (),
     ) -> None:
         """`rqvae` is frozen, on `device`; `validation` starts a pass over this rank's share of the held-out samples.
@@ -55,6 +57,7 @@ class TransformerTask:
         self._tokenizer, self._validation = tokenizer, validation
         self._groups, self._device = groups, device
         self._sample_prompts = list(sample_prompts)
+        self._lost = LostSamples(samples_per_epoch, config.data.max_lost_rate, groups, device)
         self.passes: Passes = PlainPasses(engine, self._terms)
         if groups.topology.pp > 1:
             names = [name for name in self.terms if name != "caption_loss" or config.model.condition == "text"]
@@ -62,6 +65,8 @@ class TransformerTask:
 
     def micro_batches(self, batch: CodeBatch, count: int) -> list[CodeBatch]:
         """Equal parts of a rank's share, in order; what the model reads goes to the device once for all of them."""
+        batch = same_for_peers(batch, self._groups, self._device)
+        self._lost.add(batch, self._module.training)
         names = [field.name for field in fields(batch) if isinstance(getattr(batch, field.name), Tensor)]
         shares = {name: getattr(batch, name) for name in names}
         shares |= {
@@ -88,13 +93,18 @@ class TransformerTask:
                     sums[name] = sums.get(name, torch.zeros_like(weighted)) + weighted
         values = torch.stack([*sums.values(), count])
         dist.all_reduce(values, group=self._groups.data)
+        if values[-1] == 0:
+            return None
         return {
             f"validation_{name}": value for name, value in zip(sums, (values[:-1] / values[-1]).tolist(), strict=True)
         }
 
     def observe(self, step: int, values: Mapping[str, Any]) -> Findings:
-        """Nothing beside the losses."""
-        return Findings()
+        """How many samples others stood in for, and warnings of what cannot be read.
+
+        Raises: LostDataError, on all ranks, where more of an epoch are lost than `data.max_lost_rate`.
+        """
+        return self._lost.observe(values["epoch"])
 
     def pictures(self) -> tuple[Tensor, str] | None:
         """Pictures of a few prompts or classes, sampled with the configuration's settings."""

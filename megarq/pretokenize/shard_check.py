@@ -4,6 +4,7 @@
                 members of each block   all there; first and last row lie where CodeShards, by the manifest, finds them
                 arrays                  dtype, shape, codes below their depth's codebook size, latents finite
                 samples.json            as many keys, captions and classes as the record counts
+                crc32.npy               every sample against its checksums
 
 The file is read once, a block at a time. What the whole folder is judged by comes back as counts and 64-bit hashes,
 16 bytes a sample.
@@ -16,18 +17,28 @@ import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from megarq.data.code_shards import CodeShards
-from megarq.data.manifest import CodeSettings, Manifest, ShardRecord, member_row_bytes
+from megarq.data.code_shards import CodeShards, ShardError
+from megarq.data.code_writer import checksums_of
+from megarq.data.manifest import (
+    CHECKSUMS,
+    SECTIONS,
+    CodeSettings,
+    Manifest,
+    ShardRecord,
+    checksummed,
+    member_row_bytes,
+)
 from megarq.data.order import IntArray
 from megarq.errors import DataError
 from megarq.text.tokenizer import TextTokenizer
@@ -37,6 +48,8 @@ EXAMPLES = 5
 
 HASH_BYTES = 8
 READ_BYTES = 2**20
+
+T = TypeVar("T")
 
 CodeArray = npt.NDArray[np.uint16]
 
@@ -229,6 +242,7 @@ class _BlockCheck:
         self._samples = int(view.block_sizes[number])
         self._ends = np.array([0, self._samples - 1])
         """Rows at which the manifest's offsets are tried."""
+        self._checksums: dict[str, npt.NDArray[np.uint32]] = {}
 
     def run(self) -> None:
         """Check all members, going on after a bad one."""
@@ -236,6 +250,8 @@ class _BlockCheck:
         odd = sorted(set(expected) ^ set(self._block.members))
         if odd:
             self._fault(Part.MEMBERS, f"{', '.join(odd)} missing or unexpected")
+        columns = self._array(CHECKSUMS, "<u4", (len(checksummed(self._settings)),))
+        self._checksums = {} if columns is None else dict(zip(checksummed(self._settings), columns.T, strict=True))
         keys = self._text()
         codes = self._stack("codes.npy", 0, keys)
         for draw in range(1, self._settings.draws + 1):
@@ -269,8 +285,9 @@ class _BlockCheck:
         if codes is None:
             return None
         places = np.full(2, self._number), self._ends
-        if not np.array_equal(self._view.read_codes(*places, draw), codes[self._ends]):
-            self._fault(Part.MEMBERS, f"the manifest's offset of {name} leads to other bytes")
+        self._check_rows(
+            name, name, keys, lambda: self._view.read_codes(*places, draw).tobytes(), codes[self._ends].tobytes()
+        )
         counts = self._found.drawn if draw else self._found.argmin
         for depth, size in enumerate(self._settings.codebook_sizes):
             layer = codes[..., depth]
@@ -285,9 +302,9 @@ class _BlockCheck:
         latents = self._array("latents.npy", "<f2", self._settings.latent_shape or ())
         if latents is None:
             return
-        there = self._view.read_latents(np.full(2, self._number), self._ends)
-        if there.tobytes() != latents[self._ends].tobytes():
-            self._fault(Part.MEMBERS, "the manifest's offset of latents.npy leads to other bytes")
+        places = np.full(2, self._number), self._ends
+        ends = latents[self._ends].tobytes()
+        self._check_rows("latents.npy", "latents.npy", keys, lambda: self._view.read_latents(*places).tobytes(), ends)
         finite = np.isfinite(latents).all((1, 2, 3))
         if not finite.all():
             row = int(finite.argmin())
@@ -306,12 +323,36 @@ class _BlockCheck:
         except (ValueError, KeyError, TypeError) as error:
             self._fault(Part.ARRAYS, f"samples.json is damaged ({error})")
             return []
-        for row in self._ends.tolist():
-            by_offset = [read(self._number, row) for read in (self._view.key, self._view.captions, self._view.label)]
-            if by_offset != [keys[row], captions[row], labels[row]]:
-                self._fault(Part.MEMBERS, f"the manifest's offset of samples.json leads to other bytes at row {row}")
+        for section, entries in zip(SECTIONS, (keys, captions, labels), strict=True):
+            self._check_rows(
+                "samples.json", section, keys, partial(self._text_at_ends, section), [entries[0], entries[-1]]
+            )
         self._count_text(keys, captions, labels)
         return list(keys)
+
+    def _text_at_ends(self, section: str) -> list[Any]:
+        return [self._view.text_run(section, self._number, row, 1)[0] for row in self._ends.tolist()]
+
+    def _check_rows(self, name: str, part: str, keys: list[str], read: Callable[[], T], expected: T) -> None:
+        """Hold all rows of a part against their checksums, and what the manifest's offsets give against the tar's."""
+        try:
+            different = np.flatnonzero(checksums_of(part, self._block.members, self._samples) != self._checksums[part])
+        except (KeyError, ValueError):  # told already, or about to be
+            different = self._ends
+        else:
+            if len(different):
+                which = keys[different[0]] if different[0] < len(keys) else int(different[0])
+                self._fault(
+                    Part.CHECKSUMS, f"{part} of {len(different)} samples is not as it was written, key {which!r}"
+                )
+        if np.isin(self._ends, different).any():
+            return
+        try:
+            found = read()
+        except ShardError:
+            found = None
+        if found != expected:
+            self._fault(Part.MEMBERS, f"the manifest's offset of {name} leads to other bytes")
 
     def _count_text(self, keys: list[str], captions: list[list[str]], labels: list[int | None]) -> None:
         found = self._found

@@ -48,6 +48,7 @@ def train_look_train(config: RQTransformerRunConfig, ds: dict[str, Any], paralle
         validation=lambda: [share(20), share(21, kept=3)],
         groups=groups,
         device=CPU,
+        samples_per_epoch=1000,
     )
     engine.train()
     task.passes.train(task.micro_batches(share(0), 2), [0, 1])

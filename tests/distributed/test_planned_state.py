@@ -105,6 +105,7 @@ def held_by_a_rank(config: RQTransformerRunConfig, ds: dict[str, Any], look_at_e
         validation=None,
         groups=groups,
         device=CPU,
+        samples_per_epoch=1000,
     )
     batch = next(iter(Batches(config, topology.data_rank, topology.dp, LoaderState())))
     others = [*before, *tensors_in(vars(batch)), *task._rqvae.parameters(), *task._rqvae.buffers()]

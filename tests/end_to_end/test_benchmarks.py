@@ -1,6 +1,7 @@
 """The benchmarks of training, loading and pre-tokenization, on as little as they take."""
 
 import json
+import shlex
 
 import pytest
 from captioned_tars import small_rqvae, write_tars
@@ -88,3 +89,20 @@ def test_photographs_are_trained_on_measured_and_drawn(tmp_path):
     assert result["config"]["model"]["resolution"] == 32 and result["config"]["train"]["steps"] == 2
     with Image.open(tmp_path / "pictures.png") as sheet:
         assert sheet.height > 5 * 32
+
+
+def test_what_a_checkpoint_and_a_restart_cost_is_measured_and_computed(walk, tmp_path):
+    command = ["megarq/train.py", "--ds_config", "zero1.json", *walk.train, "train.steps=6", "train.ema_decay=0.5"]
+    succeed(
+        *("benchmarks/restart.py", "--gib", 0.25, "--repeats", 1, "--run", walk / "run", "--gpus", 16),
+        *("--command", shlex.join(map(str, command)), "--json", tmp_path / "out.json"),
+    )
+    result = json.loads((tmp_path / "out.json").read_text())
+    measured, run, model = result["measured_gb_per_second"], result["run"], result["computed"]
+    assert set(measured) == {"copy", "write", "verify", "read"} and all(rate > 0 for rate in measured.values())
+    assert run["steps"] == 4 and run["checkpoint_every"] == 2 and run["checkpoint_bytes"] > 12 * 1000
+    assert 0 <= run["stall_share"] < 1 and run["restart_seconds"]["median"] > 0
+    assert model["checkpoint_bytes"] == pytest.approx(12 * 3.9e9, rel=0.02) and model["nodes"] == 2
+    assert model["stall_seconds"] == pytest.approx(model["checkpoint_bytes"] / 16 / 1e9 / measured["copy"])
+    reading = model["checkpoint_bytes"] / 2 / 1e9 * (1 / measured["verify"] + 1 / measured["read"])
+    assert model["of_which_reading_seconds"] == pytest.approx(reading)

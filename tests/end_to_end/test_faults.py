@@ -5,7 +5,6 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,60 +15,10 @@ from megarq.checkpoint.run_folder import checkpoint_at, newest_checkpoint
 from megarq.engine.loop import Trainer
 from megarq.launch.stop import STOPPED
 from megarq.launch.watchdog import HUNG
-from tests.end_to_end.commands import start_ranks
+from tests.end_to_end.jobs import PATIENCE, RANKS, Job, Training
 
-STEPS, SAVED_EVERY, RANKS = 60, 4, 2
-PATIENCE = 120
-"""Seconds for whatever a test waits for."""
+STEPS, SAVED_EVERY = 60, 4
 HANG_SECONDS = 2
-
-
-class Job:
-    """A command's ranks, running."""
-
-    def __init__(self, ranks: list[BaseProcess], log: Path) -> None:
-        self.ranks, self._log = ranks, log
-
-    @property
-    def running(self) -> bool:
-        return any(rank.is_alive() for rank in self.ranks)
-
-    @property
-    def said(self) -> str:
-        return self._log.read_text()
-
-    def wait_until(self, condition: Callable[[], object]) -> None:
-        """Look again and again; an error where the job ends before."""
-        deadline = time.monotonic() + PATIENCE
-        while not condition():
-            assert self.running and time.monotonic() < deadline, f"waited in vain:\n{self.said}"
-            time.sleep(0.001)
-
-    def statuses(self) -> list[int | None]:
-        """Wait for the end of all ranks, as a launcher does that leaves them alone."""
-        for rank in self.ranks:
-            rank.join(PATIENCE)
-        return [rank.exitcode for rank in self.ranks]
-
-
-class Training(NamedTuple):
-    """The same training again and again, in one folder after the other."""
-
-    options: list[str]
-    folder: Path
-    started: list[Job]
-
-    def start(self, run: Path, *changes: object) -> Job:
-        """Start or go on with a run."""
-        log = self.folder / f"log{len(self.started)}"
-        arguments = ["--ds_config", "zero1.json", *self.options, "--output", run, *changes]
-        self.started.append(Job(start_ranks("megarq/train.py", *arguments, ranks=RANKS, log=log), log))
-        return self.started[-1]
-
-    def finish(self, run: Path, *changes: object) -> None:
-        """Go on with a run to its end."""
-        job = self.start(run, *changes)
-        assert job.statuses() == [0] * RANKS, job.said
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +26,7 @@ def training(tiny_training: list[str], tmp_path_factory: pytest.TempPathFactory)
     options = [f"checkpoint.every={SAVED_EVERY}", "checkpoint.keep=0", "data.workers=0", "train.ema_decay=0.9"]
     training = Training([*tiny_training, f"train.steps={STEPS}", *options], tmp_path_factory.mktemp("faults"), [])
     yield training
-    for job in training.started:
-        for rank in job.ranks:
-            rank.kill()
+    training.end()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from megarq.data.code_shards import CodeShards
+from megarq.data.code_shards import CodeShards, ShardError
+from megarq.data.manifest import SECTIONS, checksummed
 from megarq.errors import DataError
 
 MakeCodes = Callable[..., CodeShards]
@@ -167,17 +170,88 @@ def edit_shard(codes: CodeShards, **changes: object) -> None:
 def test_a_missing_shard_is_named(make_codes: MakeCodes) -> None:
     codes = make_codes([[3], [2]])
     (codes.folder / "000001.tar").unlink()
-    with pytest.raises(DataError, match=r"missing code shard .*000001\.tar"):
-        CodeShards.open(codes.folder).check_files()
+    ((path, error),) = CodeShards.open(codes.folder).faulty_files().items()
+    assert path == codes.folder / "000001.tar" and str(error).startswith(f"missing code shard {path}")
 
 
-@pytest.mark.parametrize("use", [CodeShards.check_files, lambda codes: codes.key(1, 0)], ids=["check", "read"])
-def test_a_truncated_shard_is_named(make_codes: MakeCodes, use: Callable[[CodeShards], object]) -> None:
+def test_a_truncated_shard_is_named(make_codes: MakeCodes) -> None:
     codes = make_codes([[3], [2]])
     with (codes.folder / "000001.tar").open("r+b") as file:
         file.truncate(1000)
-    with pytest.raises(DataError, match=r"000001\.tar has 1000 bytes, the manifest says \d+: it is truncated"):
-        use(CodeShards.open(codes.folder))
+    codes = CodeShards.open(codes.folder)
+    (error,) = codes.faulty_files().values()
+    assert re.search(r"000001\.tar has 1000 bytes, the manifest says \d+: it is truncated", str(error))
+    with pytest.raises(DataError, match=re.escape(str(error))):
+        codes.key(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("part", "read"),
+    [
+        ("codes.npy", lambda codes, row: codes.read_codes(np.array([1]), np.array([row]))),
+        ("codes.npy", lambda codes, row: codes.read_run(1, row, 0, np.empty((1, 2, 2, 3), "<u2"))),
+        ("draw2.npy", lambda codes, row: codes.read_run(1, row, 2, np.empty((1, 2, 2, 3), "<u2"))),
+        ("latents.npy", lambda codes, row: codes.read_latents(np.array([1]), np.array([row]))),
+        ("keys", lambda codes, row: codes.key(1, row)),
+        ("captions", lambda codes, row: codes.captions(1, row)),
+        ("labels", lambda codes, row: codes.label(1, row)),
+    ],
+)
+@pytest.mark.parametrize("where", ["data", "checksum"])
+def test_a_flipped_bit_is_noticed_by_whoever_reads_the_row_and_by_nobody_else(
+    make_codes: MakeCodes, part: str, read: Callable[[CodeShards, int], object], where: str
+) -> None:
+    codes, row, rows = make_codes([[3, 9], [2]]), 5, 9
+    members = codes.manifest.shards[0].blocks[1].members
+    if where == "checksum":
+        offset, size = members["crc32.npy"]
+        columns = checksummed(codes.settings)
+        place = offset + size - (rows - row) * 4 * len(columns) + 4 * columns.index(part)
+    elif part in SECTIONS:
+        offset, size = members["samples.json"]
+        lines = (codes.folder / "000000.tar").read_bytes()[offset : offset + size].splitlines(keepends=True)
+        place = offset + sum(map(len, lines[: SECTIONS.index(part) * (rows + 1) + 1 + row])) + 1
+    else:
+        offset, size = members[part]
+        place = offset + size - (rows - row) * codes._row_bytes[part]
+    flip_bit(codes.folder / "000000.tar", place)
+    read(codes, row - 1)
+    read(codes, row + 1)
+    for _ in range(2):
+        with pytest.raises(
+            ShardError, match=rf"000000\.tar: a block is damaged \({part} and its checksum differ"
+        ) as raised:
+            read(codes, row)
+        assert raised.value.blocks.tolist() == [1] and not raised.value.passing
+    flip_bit(codes.folder / "000000.tar", place)
+    read(codes, row)
+
+
+def flip_bit(file: Path, place: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    with file.open("r+b") as opened:  # the same file, for those who have it open
+        opened.write(data)
+
+
+def test_a_shard_that_is_cut_and_made_whole_again_is_read_again(make_codes: MakeCodes) -> None:
+    codes = make_codes([[3], [2, 4]])
+    assert codes.key(2, 1) == "key6"
+    path = codes.folder / "000001.tar"
+    data = path.read_bytes()
+    for damage in (path.unlink, lambda: path.write_bytes(data[:600])):
+        damage()
+        codes = pickle.loads(pickle.dumps(codes))  # as in another process: no file is open
+        with pytest.raises(ShardError) as raised:
+            codes.key(2, 1)
+        assert raised.value.blocks.tolist() == [1, 2] and raised.value.passing
+        path.write_bytes(data)
+        assert codes.key(2, 1) == "key6"
+
+
+def test_shard_errors_travel_between_processes(make_codes: MakeCodes) -> None:
+    error = pickle.loads(pickle.dumps(ShardError("gone", [3, 4], passing=True)))
+    assert (str(error), error.blocks.tolist(), error.passing) == ("gone", [3, 4], True)
 
 
 def test_a_shard_cut_while_open_is_an_error(make_codes: MakeCodes) -> None:
@@ -196,7 +270,7 @@ def test_damaged_captions_are_an_error(make_codes: MakeCodes) -> None:
     data = bytearray(path.read_bytes())
     data[offset : offset + 20] = b"\n" * 20
     path.write_bytes(data)
-    with pytest.raises(DataError, match="captions of a block are damaged"):
+    with pytest.raises(DataError, match="a block is damaged"):
         codes.captions(0, 0)
 
 
@@ -215,7 +289,7 @@ def test_a_manifest_that_is_no_object_is_refused(tmp_path: Path, content: str) -
 def test_another_format_version_is_refused(make_codes: MakeCodes) -> None:
     codes = make_codes([[3]])
     edit(codes, version=1)
-    with pytest.raises(DataError, match="version 1, but this version of MegaRQ reads 'megarq-codes' version 2"):
+    with pytest.raises(DataError, match="version 1, but this version of MegaRQ reads 'megarq-codes' version 3"):
         CodeShards.open(codes.folder)
 
 

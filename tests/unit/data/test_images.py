@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,3 +110,11 @@ def test_a_rate_is_named_by_the_key_of_a_run(image_tars: list[str]) -> None:
 def test_a_batch_that_ranks_cannot_share_is_refused(image_tars: list[str]) -> None:
     with pytest.raises(DataError, match=r"train\.global_batch_size=12 cannot be shared by 5"):
         images(image_tars, 1, world_size=5)
+
+
+def test_a_shard_that_vanishes_after_it_was_listed_is_done_without(image_tars: list[str]) -> None:
+    source = open_images(image_tars)
+    Path(image_tars[1]).unlink()
+    batches = list(islice(ImageLoader(source, "none", 8, 23, max_bad_rate=0.5), 2))
+    assert [len(torch.unique(batch.images.flatten(1), dim=0)) for batch in batches] == [16, 16]
+    assert all(batch.skipped >= 7 for batch in batches)

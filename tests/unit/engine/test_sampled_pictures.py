@@ -32,6 +32,7 @@ def test_pictures_are_guided_by_the_empty_caption(tmp_path: Path, scale: float) 
         validation=None,
         groups=ProcessGroups.build(Topology()),
         device=CPU,
+        samples_per_epoch=1000,
     )
     shown = task.pictures()
     assert shown is not None
