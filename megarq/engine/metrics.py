@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,15 +114,24 @@ class MetricsLog:
             return
         self._step = step
         line = {"step": step, **values}
-        self._file.write(json.dumps({k: None if _undefined(v) else v for k, v in line.items()}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._events.add_scalar(name, value, step)
-            elif isinstance(value, str):
-                self._events.add_text(name, value, step)
+        with self._writing():
+            self._file.write(json.dumps({k: None if _undefined(v) else v for k, v in line.items()}) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._events.add_scalar(name, value, step)
+                elif isinstance(value, str):
+                    self._events.add_text(name, value, step)
         if self._monitor is not None:
             self._pass_on(step, values)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Errors of the disk say where it is."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), error.filename or str(self._run)) from error
 
     def _pass_on(self, step: int, values: Mapping[str, Any]) -> None:
         numbers = [(name, value, step) for name, value in values.items() if isinstance(value, int | float)]
@@ -133,7 +143,9 @@ class MetricsLog:
 
     def pictures(self, step: int, name: str, grid: Tensor, text: str | None = None) -> None:
         """Add a picture [3, H, W] in [0, 1], with what it shows, as pictures/step-00000120.png too."""
-        if self._active:
+        if not self._active:
+            return
+        with self._writing():
             save_png(self._run / PICTURES / f"step-{step:08d}.png", grid)
             self._events.add_image(name, grid, step)
             if text is not None:
@@ -142,7 +154,8 @@ class MetricsLog:
     def chart(self, step: int, name: str, chart: Tensor) -> None:
         """Add a drawing [3, H, W] in [0, 1] to TensorBoard."""
         if self._active:
-            self._events.add_image(name, chart, step)
+            with self._writing():
+                self._events.add_image(name, chart, step)
 
     def say(self, message: str) -> None:
         """Print a line."""
@@ -152,16 +165,21 @@ class MetricsLog:
     def event(self, event: str, step: int, **values: Any) -> None:
         """Add to the run's events."""
         if self._active:
-            add_event(self._run, event, step, **values)
+            with self._writing():
+                add_event(self._run, event, step, **values)
 
     def saved(self, step: int, seconds: float) -> None:
         """A step's checkpoint can be seen, after so many seconds of writing."""
         self.event("checkpoint", step, seconds=round(seconds, 3))
 
     def failed(self, error: Exception) -> None:
-        """The run ends by an error, after the last step that was written."""
+        """The run ends by an error, after the last step that was written: close, as far as the disk lets us."""
         if not isinstance(error, Stopped):
-            self.event("failed", self._step, text=str(error))
+            with suppress(OSError):
+                self.event("failed", self._step, text=str(error))
+        with suppress(OSError):
+            self.close()
+        self._active = False
 
     def warn(self, step: int, warning: str) -> None:
         """Print a warning, and add it to the run's events."""

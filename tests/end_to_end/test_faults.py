@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import pytest
 from followed_runs import events, expect_same_run, last_step
+from little_space import little_space
 
 from megarq.checkpoint.run_folder import checkpoint_at, newest_checkpoint
 from megarq.engine.loop import Trainer
+from megarq.engine.transformer_task import TransformerTask
 from megarq.launch.stop import STOPPED
 from megarq.launch.watchdog import HUNG
 from tests.end_to_end.jobs import PATIENCE, RANKS, Job, Training
@@ -133,6 +135,54 @@ def test_a_rank_that_is_stopped_with_its_watchdog_is_named_by_the_others(trainin
     assert job.statuses() == [HUNG, -signal.SIGKILL], job.said
     record("faults", {"fault": "rank 1 stopped by SIGSTOP", "ends": "status 76", "seconds": seconds})
     assert "HANG: rank 1 gave no report in step" in events(run, "failed")[0]["text"]
+
+
+def undefined_from(step: int) -> Callable[..., Any]:
+    """TransformerTask._objective, whose losses are not numbers any more from a step on."""
+    objective = TransformerTask._objective
+
+    def spoiled(self: TransformerTask, *args: Any) -> dict[str, Any]:
+        terms = objective(self, *args)
+        return {name: value * float("nan") for name, value in terms.items()} if made(self) + 1 >= step else terms
+
+    return spoiled
+
+
+def made(task: TransformerTask) -> int:
+    """Steps that the optimiser made."""
+    return int(task._engine.global_steps)
+
+
+def test_losses_that_are_never_numbers_again_end_the_run_with_its_checkpoints(
+    training, undisturbed, run, record, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformerTask, "_objective", undefined_from(SAVED_EVERY + 2))
+        job = training.start(run, "faults.skipped_steps=1", "faults.rollbacks=1")
+    job.wait_until(lambda: events(run, "skipped"))
+    start = time.monotonic()
+    assert job.statuses() == [2] * RANKS, job.said
+    record("faults", {"fault": "every loss NaN", "ends": "status 2", "seconds": time.monotonic() - start})
+    assert [event["to"] for event in events(run, "rolled back")] == [SAVED_EVERY]
+    assert "loss is nan" in events(run, "failed")[0]["text"] and checkpoint_at(run).metadata["step"] == SAVED_EVERY
+    training.finish(run)
+    expect_same_run(run, undisturbed)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(training, undisturbed, tmp_path, record):
+    files = checkpoint_at(undisturbed).folder.iterdir()
+    run, checkpoint = tmp_path / "disk" / "run", sum(file.stat().st_size for file in files)
+    with little_space(run.parent, round(4.5 * checkpoint)):
+        job = training.start(run)
+        job.wait_until(lambda: last_step(run) >= 2 * SAVED_EVERY)
+        first, _ = job.statuses()
+        # Whichever comes first finds it: the metrics on rank 0, which alone ends clearly, or the checkpoint on all.
+        assert first == 2 and ("No space left on device. Check" in job.said or "Free disk space" in job.said), job.said
+        assert "Errno" not in job.said.partition("error: ")[2].partition("\n")[0], job.said
+        newest = newest_checkpoint(run)
+        assert newest is not None and 0 < newest.metadata["step"] <= last_step(run)
+    training.finish(run)
+    expect_same_run(run, undisturbed)
 
 
 class Kill(NamedTuple):
