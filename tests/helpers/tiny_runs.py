@@ -195,6 +195,7 @@ def engine_run(
         validation=None,
         groups=session.groups,
         device=device,
+        samples_per_epoch=SAMPLES_PER_EPOCH,
     )
     batches = Batches(config, topology.data_rank, topology.dp, session.start, kill_at)
     try:
