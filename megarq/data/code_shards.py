@@ -206,8 +206,9 @@ class CodeShards:
         if rows[-1] - rows[0] >= len(rows):  # samples between them are left out
             whole = np.empty((int(rows[-1] - rows[0]) + 1, *out.shape[1:]), out.dtype)
         offset = int(self._starts[name][block] + rows[0] * self._row_bytes[name])
-        self._fill(block, offset, whole.reshape(-1).view(np.uint8))
-        self._check(name, block, int(rows[0]), list(whole.reshape(len(whole), -1).view(np.uint8)))
+        data = whole.reshape(-1).view(np.uint8)
+        self._fill(block, offset, data)
+        self._check(name, block, int(rows[0]), data, range(0, len(data) + 1, self._row_bytes[name]))
         if whole is not out:
             out[:] = whole[rows - rows[0]]
 
@@ -216,10 +217,10 @@ class CodeShards:
         rows = self._file_rows(np.full(count, block), first + np.arange(count))
         line = SECTIONS.index(section) * (int(self._rows[block]) + 1) + 1 + rows
         ends = self._line_ends(block)
-        bounds = ends[line[0] - 1 : line[-1] + 1] - ends[line[0] - 1]
-        buffer = np.empty(int(bounds[-1]), np.uint8)
+        bounds = (ends[line[0] - 1 : line[-1] + 1] - ends[line[0] - 1]).tolist()
+        buffer = np.empty(bounds[-1], np.uint8)
         self._fill(block, int(self._text[block, 0] + ends[line[0] - 1]), buffer)
-        self._check(section, block, int(rows[0]), [buffer[a:b] for a, b in pairwise(bounds.tolist())])
+        self._check(section, block, int(rows[0]), buffer, bounds)
         try:
             entries = json.loads(b"[" + buffer.tobytes().rstrip(b",\n") + b"]")
             if len(entries) != line[-1] - line[0] + 1:
@@ -258,7 +259,7 @@ class CodeShards:
         for i in np.lexsort((offsets, shards)).tolist():
             here, data = int(block[where[i]]), flat[where[i]]
             self._fill(here, int(offsets[i]), data)
-            self._check(name, here, int(rows[i]), [data])
+            self._check(name, here, int(rows[i]), data, (0, row_bytes))
 
     def _fill(self, block: int, offset: int, buffer: npt.NDArray[np.uint8]) -> None:
         """Read from the shard that a block lies in."""
@@ -268,16 +269,21 @@ class CodeShards:
         except DataError as error:
             raise ShardError(str(error), np.flatnonzero(self._shard_of_block == shard), passing=True) from error
 
-    def _check(self, part: str, block: int, first: int, rows: list[npt.NDArray[np.uint8]]) -> None:
-        """Raise ShardError where rows first .. of one part of a block are not those that were written."""
-        place = block, first, len(rows)
+    def _check(self, part: str, block: int, first: int, data: npt.NDArray[np.uint8], bounds: Sequence[int]) -> None:
+        """Raise ShardError where rows first .. of one part of a block are not those that were written.
+
+        bounds: where each row begins in the data, and the end.
+        """
+        count = len(bounds) - 1
+        place = block, first, count
         if self._last_checksums is None or self._last_checksums[0] != place:
-            checksums = np.empty((len(rows), len(self._columns)), "<u4")
+            checksums = np.empty((count, len(self._columns)), "<u4")
             offset = int(self._starts[CHECKSUMS][block] + first * self._row_bytes[CHECKSUMS])
             self._fill(block, offset, checksums.reshape(-1).view(np.uint8))
             self._last_checksums = place, checksums
         expected = self._last_checksums[1][:, self._columns[part]]
-        if [zlib.crc32(row.data) for row in rows] != expected.tolist():
+        view, crc32 = data.data, zlib.crc32
+        if [crc32(view[start:end]) for start, end in pairwise(bounds)] != expected.tolist():
             raise self._damaged(block, f"{part} and its checksum differ")
 
     def _file_rows(self, block: IntArray, row: IntArray) -> IntArray:

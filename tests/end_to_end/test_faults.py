@@ -1,10 +1,12 @@
 """Training that is asked to stop, hangs or is killed, by its real command on two ranks, and driven to its end."""
 
+import json
 import os
 import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,6 +178,8 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(training, undisturbe
         job = training.start(run)
         job.wait_until(lambda: last_step(run) >= 2 * SAVED_EVERY)
         first, _ = job.statuses()
+        last = json.loads((run / "metrics.jsonl").read_text().splitlines()[last_step(run) - 1])["time"]
+        record("faults", {"fault": "disk full", "ends": "status 2", "seconds": time.time() - last})
         # Whichever comes first finds it: the metrics on rank 0, which alone ends clearly, or the checkpoint on all.
         assert first == 2 and ("No space left on device. Check" in job.said or "Free disk space" in job.said), job.said
         assert "Errno" not in job.said.partition("error: ")[2].partition("\n")[0], job.said
@@ -188,57 +192,65 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(training, undisturbe
 class Kill(NamedTuple):
     """One kill of one rank."""
 
+    moment: str
+    """"saving": while a checkpoint is written; "stepping": at any moment between two saves; "starting"."""
     rank: int
     started_at: int
-    """The step that its job went on from."""
+    """The step that its job goes on from."""
     seen: int
     """The last step in the metrics when it came."""
     saved: int
     """The step that could be gone back to, after it."""
-    while_saving: bool
-    seconds: float
-    """From the kill to the end of the other ranks."""
+    seconds: float | None
+    """From the kill to the end of the other rank by itself; while it waits for others to join, the launcher ends it."""
 
 
-def half_saved(run: Path) -> bool:
+MOMENTS = "saving", "stepping", "saving", "starting"
+"""Of kills, in turn."""
+
+
+def half_saved(run: Path, since: float = 0) -> bool:
     """Whether a checkpoint is being written."""
-    return any((run / "checkpoints").glob(".step-*"))
+    return any(path.stat().st_mtime > since for path in (run / "checkpoints").glob(".step-*"))
 
 
-def killed(training: Training, run: Path, at: int, while_saving: bool, source: random.Random) -> Kill:
-    """Go on with a run, and kill one rank at a random moment after a step, or after the next checkpoint was begun."""
-    before = newest_checkpoint(run)
-    job = training.start(run)
-    job.wait_until(lambda: last_step(run) >= at)
-    if while_saving:
-        job.wait_until(lambda: half_saved(run))
-        time.sleep(0.003 * source.random())
-    else:
-        time.sleep(0.3 * source.random())
+def killed(training: Training, run: Path, at: int, moment: str, source: random.Random) -> Kill:
+    """Go on with a run, and kill one rank at a random moment: of its start, or after a step."""
+    before, starts = newest_checkpoint(run), len(events(run, "started"))
+    job, start = training.start(run), time.time()
+    if moment != "starting":
+        after = at + source.randrange(3)
+        job.wait_until(lambda: len(events(run, "started")) > starts and last_step(run) >= after)
+    if moment == "saving":
+        with suppress(FileNotFoundError):  # published while we look
+            job.wait_until(lambda: half_saved(run, since=start))
+    time.sleep({"saving": 0.003, "stepping": 0.03, "starting": 0.5}[moment] * source.random())
     rank = source.randrange(RANKS)
     job.ranks[rank].kill()
-    seen, saving, start = last_step(run), half_saved(run), time.monotonic()
+    seen, begun, killed_at = last_step(run), len(events(run, "started")) > starts, time.monotonic()
+    if not begun:
+        job.ranks[1 - rank].kill()
     statuses = job.statuses()
+    seconds = time.monotonic() - killed_at if begun else None
     assert statuses[rank] == -signal.SIGKILL and statuses[1 - rank] not in (0, None, STOPPED), job.said
-    after = newest_checkpoint(run)
-    assert after is not None
-    started_at = before.metadata["step"] if before else 0
-    return Kill(rank, started_at, seen, after.metadata["step"], saving, time.monotonic() - start)
+    saved = newest_checkpoint(run)
+    assert saved is not None
+    return Kill(moment, rank, before.metadata["step"] if before else 0, seen, saved.metadata["step"], seconds)
 
 
 def expect_kills_leave_no_trace(training: Training, undisturbed: Path, run: Path, count: int, record: Any) -> None:
-    source, kills = random.Random(count), []
+    source, kills = random.Random(9), []
     for number in range(count):
         at = SAVED_EVERY + 1 + round((STEPS - 3 * SAVED_EVERY) * (number + source.random()) / count)
-        kills.append(killed(training, run, at, number % 2 == 0, source))
+        kills.append(killed(training, run, at, MOMENTS[number % len(MOMENTS)], source))
     training.finish(run)
     starts = [event["step"] for event in events(run, "started")]
-    assert starts == [kill.started_at for kill in kills] + [kills[-1].saved]
+    assert starts == [kill.started_at for kill in kills if kill.seconds is not None] + [kills[-1].saved]
     # The checkpoint of a step is written while the next steps are made, one after the other.
     assert all(kill.seen - kill.saved < 2 * SAVED_EVERY for kill in kills), kills
-    assert {kill.rank for kill in kills} == set(range(RANKS)) and any(kill.while_saving for kill in kills), kills
+    assert {kill.rank for kill in kills} == set(range(RANKS)), kills
     for kill in kills:
-        record("kills", kill._asdict())
+        record("kills", {"of": count} | kill._asdict())
     expect_same_run(run, undisturbed)
 
 
