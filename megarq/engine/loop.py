@@ -222,7 +222,8 @@ class Trainer:
         values |= {"samples_seen": self.step * plan.train.global_batch_size, "epoch": batch.state.epoch}
         found = self.task.observe(self.step, values)
         told = self.step % plan.log.console_every == 0 or self.step in (1, plan.steps)
-        metrics = values | found.values | {"checkpoint_stall_seconds": self._stall, "time": time.time()}
+        metrics = values | found.values | {"checkpoint_stall_seconds": self._stall}
+        metrics |= {"restarts": self.log.restarts, "time": time.time()}
         self.log.write(self.step, metrics | (by_rank(ranks) if told else {}))
         self._stall = 0.0
         if told:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarq.engine.events import add_event
+from megarq.engine.events import add_event, read_events
 from megarq.engine.json_lines import METRICS_FILE, json_lines
 from megarq.engine.pictures import save_png
 from megarq.errors import Stopped
@@ -88,9 +88,13 @@ class MetricsLog:
         `monitor` is DeepSpeed's, where ds_config turns one on: it is given every number too.
         """
         self._active, self._step, self._monitor = rank == 0, start_step, monitor
+        self._saved_in: float | None = None
+        self.restarts = 0
+        """How often the run was started before this time; known to rank 0."""
         if not self._active:
             return
         self._run = run
+        self.restarts = sum(event["event"] == "started" for event in read_events(run))
         self._open(start_step)
 
     def _open(self, start_step: int) -> None:
@@ -109,10 +113,13 @@ class MetricsLog:
             self._open(step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append one line, and its numbers and words to TensorBoard."""
+        """Append one line, and its numbers, words and, as histograms, lists of numbers to TensorBoard."""
         if not self._active:
             return
         self._step = step
+        if self._saved_in is not None:
+            values = {**values, "checkpoint_seconds": self._saved_in}
+            self._saved_in = None
         line = {"step": step, **values}
         with self._writing():
             self._file.write(json.dumps({k: None if _undefined(v) else v for k, v in line.items()}) + "\n")
@@ -122,6 +129,8 @@ class MetricsLog:
                     self._events.add_scalar(name, value, step)
                 elif isinstance(value, str):
                     self._events.add_text(name, value, step)
+                elif isinstance(value, list):
+                    self._events.add_histogram(name, torch.tensor(value), step)
         if self._monitor is not None:
             self._pass_on(step, values)
 
@@ -169,8 +178,9 @@ class MetricsLog:
                 add_event(self._run, event, step, **values)
 
     def saved(self, step: int, seconds: float) -> None:
-        """A step's checkpoint can be seen, after so many seconds of writing."""
-        self.event("checkpoint", step, seconds=round(seconds, 3))
+        """A step's checkpoint can be seen, after so many seconds of writing; the next line of metrics has them too."""
+        self._saved_in = round(seconds, 3)
+        self.event("checkpoint", step, seconds=self._saved_in)
 
     def failed(self, error: Exception) -> None:
         """The run ends by an error, after the last step that was written: close, as far as the disk lets us."""

@@ -16,7 +16,8 @@ from tests.end_to_end.commands import ON_CPU, ROOT, call, call_ranks, free_port,
 STEPS, SAVED_EVERY, KILLED_AT = 24, 5, 13
 KEYS = {
     *("step", "loss", "image_loss", "caption_loss", "grad_norm", "lr", "images_per_second", "mfu", "memory_gib"),
-    *("samples_seen", "epoch", "step_seconds", "data_seconds", "checkpoint_stall_seconds", "time"),
+    *("samples_seen", "epoch", "step_seconds", "data_seconds", "checkpoint_stall_seconds", "restarts", "time"),
+    "lost_samples",
 }
 BY_RANK = {f"ranks_{name}" for name in ("step_seconds", "data_seconds", "memory_gib", "probe_seconds")}
 """Of the steps that the console tells of, which are all of them here."""
@@ -73,7 +74,9 @@ def metrics(run: Path) -> list[dict]:
 def test_every_step_has_one_line_with_all_keys(whole):
     lines = metrics(whole)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert all(set(line) == KEYS | BY_RANK for line in lines)
+    assert all(set(line) - {"checkpoint_seconds"} == KEYS | BY_RANK for line in lines)
+    assert {line["restarts"] for line in lines} == {0} and {line["lost_samples"] for line in lines} == {0}
+    assert 0 < len([line["checkpoint_seconds"] for line in lines if "checkpoint_seconds" in line]) < STEPS / SAVED_EVERY
     assert all(line[key] is not None for line in lines for key in KEYS | BY_RANK)
 
 
@@ -101,7 +104,9 @@ def test_the_last_step_is_saved_and_the_newest_are_kept(whole):
 def test_a_run_killed_on_two_ranks_has_each_step_once(killed):
     lines = metrics(killed)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert all(set(line) == KEYS | BY_RANK for line in lines)
+    assert all(set(line) - {"checkpoint_seconds"} == KEYS | BY_RANK for line in lines)
+    restarts = [line["restarts"] for line in lines]
+    assert restarts == sorted(restarts) and set(restarts) == {0, 1}
 
 
 def test_a_run_killed_on_two_ranks_has_the_losses_of_an_uninterrupted_one(whole, killed):

@@ -94,6 +94,33 @@ def test_what_is_skipped_is_not_part_of_a_step(monkeypatch):
     assert speed.step() == 2.0
 
 
+def test_starts_before_this_one_are_counted(log, tmp_path):
+    for restarts in range(3):
+        opened = log()
+        assert opened.restarts == restarts and log(rank=1).restarts == 0
+        opened.event("started", 0)
+
+
+def test_the_time_of_a_save_stands_in_the_line_after_it(log, tmp_path):
+    opened = log()
+    opened.write(1, {"loss": 1.0})
+    opened.saved(1, 2.34567)
+    opened.write(2, {"loss": 1.0})
+    opened.write(3, {"loss": 1.0})
+    assert [line.get("checkpoint_seconds") for line in lines(tmp_path)] == [None, 2.346, None]
+
+
+def test_numbers_of_all_ranks_are_histograms_in_tensorboard(log, tmp_path):
+    opened = log()
+    opened.write(4, {"ranks_step_seconds": [0.5, 0.5, 0.9, 0.5]})
+    opened.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    (event,) = board.Histograms("ranks_step_seconds")
+    found = event.histogram_value
+    assert (event.step, found.num, found.min, found.max) == (4, 4, 0.5, pytest.approx(0.9))
+
+
 def test_a_line_is_on_disk_when_it_is_written(log, tmp_path):
     log().write(1, {"loss": 2.5, "mfu": None})
     assert lines(tmp_path) == [{"step": 1, "loss": 2.5, "mfu": None}]
