@@ -194,7 +194,9 @@ def build_models(
     torch.manual_seed(0)
     rqvae = RQVAE(rqvae_config).to(device).eval()
     with device:
-        transformer = RQTransformer(config, shared_codebook=rqvae_config.shared_codebook).to(dtype).eval()
+        transformer = RQTransformer(config, shared_codebook=rqvae_config.shared_codebook).eval()
+    for parameter in transformer.parameters():  # and not the codebook, which is fp32
+        parameter.data = parameter.data.to(dtype)
     transformer.initialize(0)
     if (form := fastest_form(device, dtype)) is not None:
         for layer in freezable(transformer).values():

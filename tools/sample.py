@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from megarq import cli
 from megarq.data.picture_items import prompt_items
-from megarq.data.picture_set import Item
+from megarq.data.picture_set import MOST_PICTURES, Item
 from megarq.errors import ConfigError
+from megarq.files import make_room
 from megarq.inference.drawing import PICTURES_PER_TAR, Rank, chosen_sampling
 from megarq.inference.drawing_command import asked_device, asked_model, draw_items, loaded, warn_on_rank_zero
 from megarq.inference.generator import ImageGenerator
@@ -30,7 +31,7 @@ Of --prompts-file, the same command again after an interruption draws what is mi
 shares the work, and so do the ranks of torchrun, deepspeed, srun and mpirun. The pictures are the same."""
 PAD = 2
 MOST_IN_GRID = 10_000
-MOST = {"png": 100_000, "tar": 1_000_000}
+MOST = {"png": 100_000, "tar": MOST_PICTURES}
 """Pictures of a folder, by format."""
 
 
@@ -161,6 +162,7 @@ def draw_grid(options: argparse.Namespace) -> None:
             f"--count {options.count} of {len(asked)} prompts or classes: a grid holds at most {MOST_IN_GRID:,} "
             "pictures. Use --prompts-file for more."
         )
+    make_room(output)
     with loaded(options, asked_device(options.device)) as generator:
         if generator is not None:
             write_grid(options, generator, output)
@@ -180,7 +182,7 @@ def write_grid(options: argparse.Namespace, generator: ImageGenerator, output: P
         shown = options.keep_best
     columns = shown if len(asked) > 1 else math.ceil(math.sqrt(shown))
     facts = {"prompts": options.prompts, "classes": options.classes, "count": options.count, **settings}
-    facts |= {"keep_best": options.keep_best, "scores": scores}
+    facts |= {"keep_best": options.keep_best, "scores": scores, **generator.facts}
     write_png(output, grid(pictures, columns), facts)
     print(f"{output}: {len(pictures)} pictures, {json.dumps(settings)}")
 

@@ -21,7 +21,7 @@ from megarq.data.files import expand_shards
 from megarq.data.image_shards import read_samples
 from megarq.data.image_stores import is_image
 from megarq.data.order import permutation
-from megarq.data.picture_set import Item
+from megarq.data.picture_set import LONGEST_PROMPT, MOST_PICTURES, Item
 from megarq.errors import ConfigError, DataError
 from megarq.parallel.initialization import derived_seed
 
@@ -103,11 +103,14 @@ def caption_items(given: Sequence[str], count: int | None = None) -> list[Item]:
 def prompt_items(path: Path) -> list[Item]:
     """The captions of a text file, one a line; an item's id is its line, counted from 1. Blank lines are left out.
 
-    Raises: DataError for a file that cannot be read or holds no caption.
+    Raises: DataError for a file that cannot be read or holds no caption, or one of more characters than LONGEST_PROMPT.
     """
     lines = _lines(path)
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     items = [Item(_text(line, f"{path} line {number}"), id=number) for number, line in numbered]
+    for item in items:
+        if item.prompt is not None and len(item.prompt) > LONGEST_PROMPT:
+            raise DataError(f"{path} line {item.id} has {len(item.prompt)} characters: give at most {LONGEST_PROMPT}.")
     if not items:
         raise DataError(f"{path} holds no caption, but {len(lines)} blank lines. Give a caption a line.")
     if len(items) < len(lines):
@@ -213,6 +216,6 @@ def _text(caption: str, place: str) -> str:
 
 
 def check_count(count: int | None) -> None:
-    """Raise ConfigError for a count of none or less."""
-    if count is not None and count < 1:
-        raise ConfigError(f"--count {count}: give 1 or more.")
+    """Raise ConfigError for a count of none or less, or of more pictures than a set may hold."""
+    if count is not None and not 1 <= count <= MOST_PICTURES:
+        raise ConfigError(f"--count {count}: give 1 to {MOST_PICTURES:,}.")

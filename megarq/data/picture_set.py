@@ -36,6 +36,10 @@ from megarq.data.shared_work import locked, remove_leftovers, take_files
 from megarq.errors import DataError
 
 FORMAT, VERSION = "megarq-pictures", 1
+MOST_PICTURES = 1_000_000
+"""Of one set, and of whatever else is drawn by one call."""
+LONGEST_PROMPT = 1000
+"""Characters of a caption that somebody types, or writes into a file of prompts."""
 PICTURES = "pictures.json"
 _ENCODERS, _WAITING = 4, 256
 """Threads that compress pictures, and how many of a tar's pictures may wait for them or for the disk."""

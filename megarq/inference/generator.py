@@ -10,7 +10,7 @@ Shapes: B batch, L condition length, H x W positions, D depth, K codebook size, 
 
 import logging
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,10 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from megarq.config.run import SamplingConfig
+from megarq.data.picture_set import LONGEST_PROMPT, MOST_PICTURES
 from megarq.errors import ConfigError
 from megarq.inference.frozen import Form, Int8Weight, fastest_form
 from megarq.inference.pretrained import Pretrained, find_device, load_pretrained
-from megarq.inference.sampling import CodeSampler, Guidance, Progress, check_condition
+from megarq.inference.sampling import CodeSampler, Guidance, Progress, check_condition, check_indices
 from megarq.inference.settings import Counts, DepthSettings, Shares, check_guidance, check_seed, depth_settings
 from megarq.parallel.topology import ALONE, TensorGroup
 
@@ -39,8 +40,13 @@ CUTS_NAMED = 3
 class ImageGenerator:
     """An RQ-Transformer with its RQ-VAE and tokenizer, ready to be asked for pictures."""
 
-    def __init__(self, model: Pretrained, batch_size: int = BATCH) -> None:
-        """`batch_size` bounds the pictures drawn at once, and so the memory; it does not change them."""
+    def __init__(self, model: Pretrained, batch_size: int = BATCH, facts: Mapping[str, Any] | None = None) -> None:
+        """`batch_size` bounds the pictures drawn at once, and so the memory; it does not change them.
+
+        `facts` say where the model is from.
+        """
+        self.facts = dict(facts or {})
+        """What pictures follow from besides the settings, for those who write it beside them: dtype and model."""
         self.transformer = model.transformer
         """Called with codes [B, H, W, D] and cond [B, L]: logits [B, H, W, D, K], and [B, L-1, V] or None."""
         self.rqvae = model.rqvae.requires_grad_(False)
@@ -49,7 +55,7 @@ class ImageGenerator:
         """None for a model without captions, or imported without tokenizer."""
         self.info = model.info
         """What the folder's config.json says."""
-        self.batch_size = batch_size
+        self.batch_size = _whole("batch_size", batch_size, least=1)
         if self.transformer.body_input.positions.dtype == torch.bfloat16:  # fp16 has not the range
             for part in (self.rqvae.post_quant_conv, self.rqvae.decoder):
                 part.to(torch.bfloat16).to(memory_format=torch.channels_last)
@@ -80,11 +86,14 @@ class ImageGenerator:
         """
         device = find_device(device)
         form: Form | None = Int8Weight
+        name = str(dtype).removeprefix("torch.")
         if dtype == torch.int8:
             dtype = torch.bfloat16
         else:
             form = fastest_form(device, dtype)
-        return cls(load_pretrained(folder, device, dtype, form, tp), batch_size)
+        model = load_pretrained(folder, device, dtype, form, tp)
+        made_by = {"name": Path(folder).resolve().name, "weights": model.info.weights, "step": model.info.step}
+        return cls(model, batch_size, {"dtype": name, "model": made_by | {"rqvae": model.info.rqvae_fingerprint}})
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -106,7 +115,8 @@ class ImageGenerator:
         """Draw pictures.
 
         Args:
-            prompts: captions, for a model of captions.
+            prompts: captions, for a model of captions, of at most LONGEST_PROMPT characters; of more tokens than the
+                model reads the first are read, with a warning.
             classes: class numbers, for a model of classes.
             count: pictures of each prompt or class.
             temperature: divides the logits; this and the next two: one value, one for each depth, or None for the
@@ -124,7 +134,15 @@ class ImageGenerator:
             ConfigError: what the model cannot be asked for, or a setting out of range.
         """
         number = _whole("count", count, least=1)
-        cond = self.conditions(prompts, classes).repeat_interleave(number, dim=0)
+        for prompt in [prompts] if isinstance(prompts, str) else prompts or ():
+            check_length(prompt)
+        cond = self.conditions(prompts, classes)
+        if number * len(cond) > MOST_PICTURES:
+            raise ConfigError(
+                f"count={number} of {len(cond)} prompts or classes: one call draws at most {MOST_PICTURES:,} pictures. "
+                "Draw them in parts, with a seed for each."
+            )
+        cond = cond.repeat_interleave(number, dim=0)
         codes = self.sample_codes(cond, top_k, top_p, temperature, seed, progress=progress, guidance=guidance)
         return self.decode(codes)
 
@@ -157,8 +175,7 @@ class ImageGenerator:
         seed = check_seed(seed)
         cond = check_condition(self.transformer, cond)
         guided = self._guidance(self.sampling.guidance if guidance is None else guidance)
-        indices = range(len(cond)) if indices is None else indices
-        return self._draw(cond, each, seed, list(indices), guided, progress)
+        return self._draw(cond, each, seed, check_indices(indices, len(cond)), guided, progress)
 
     def _draw(
         self,
@@ -194,7 +211,8 @@ class ImageGenerator:
     ) -> Tensor:
         """Conditions [N, L] for N prompts or classes; [1, 1] for a model without condition.
 
-        Raises ConfigError for what the model cannot be asked for. A caption that is too long is cut, with a warning.
+        Raises ConfigError for what the model cannot be asked for. A caption of more tokens than the model reads is cut,
+        with a warning.
         """
         if prompts is not None and classes is not None:
             raise ConfigError("prompts and classes are both given: give one or the other.")
@@ -227,10 +245,14 @@ class ImageGenerator:
         for prompt in prompts:
             if not isinstance(prompt, str) or not prompt.strip():
                 raise ConfigError(f"prompt {prompt!r}: give a caption of at least one word.")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError(f"prompt {prompt!a:.80} is no text ({error}). Mend it.") from error
             tokens = self.tokenizer.count(prompt)
             cut += tokens > length
             if length < tokens and cut <= CUTS_NAMED:
-                logger.warning("prompt %r has %d tokens; the model reads the first %d.", prompt, tokens, length)
+                logger.warning("prompt %.80r has %d tokens; the model reads the first %d.", prompt, tokens, length)
         if cut > CUTS_NAMED:
             logger.warning("%d of %d prompts have more tokens than the model reads (%d).", cut, len(prompts), length)
         return [self.tokenizer.encode(prompt, length) for prompt in prompts]
@@ -241,6 +263,12 @@ class ImageGenerator:
         if number >= classes:
             raise ConfigError(f"class={number}: this model knows classes 0 to {classes - 1}. Choose among them.")
         return number
+
+
+def check_length(prompt: Any) -> None:
+    """Raise ConfigError for a caption of more than LONGEST_PROMPT characters."""
+    if isinstance(prompt, str) and len(prompt) > LONGEST_PROMPT:
+        raise ConfigError(f"prompt of {len(prompt)} characters: give at most {LONGEST_PROMPT}.")
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:

@@ -14,6 +14,7 @@ Shapes: B batch, T = H x W positions, D depth, L condition length, E width, K co
 """
 
 import functools
+import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,8 +51,9 @@ class Sampler:
     """Draws batches of one size; caches, and on a GPU the captured steps, serve one batch after the other.
 
     On a GPU the body's step is captured as a CUDA graph for each length of window, and the D steps of the head with
-    their draws as one: a picture costs 2 T launches, and nothing waits for the device. Elsewhere, and over a tensor
-    group, the same steps run one operation at a time.
+    their draws as one: a picture costs 2 T launches, and nothing waits for the device, but that progress which somebody
+    wants to see is told one position late. Elsewhere, and over a tensor group, the same steps run one operation at a
+    time.
     """
 
     def __init__(
@@ -98,9 +100,11 @@ class Sampler:
                 if progress is not None:
                     self._report(progress, position)
         if not self._finite:
+            for cache in (*self._body_caches, *self._head_caches):
+                cache.clear()
             raise ConfigError(
-                f"the model's hidden states are not finite in {self._context.dtype}: its weights are damaged, or too "
-                "large for float16. Use dtype bfloat16 or float32."
+                f"the model's hidden states or logits are not finite in {self._context.dtype}: its weights are "
+                "damaged, or too large for float16. Use dtype bfloat16 or float32."
             )
         return self._codes.unflatten(1, config.code_shape[:2]).clone()
 
@@ -178,6 +182,7 @@ class Sampler:
             hidden = block(hidden, cache)
         logits = gather_from(model.outputs.codes(hidden, slice(depth, depth + 1)), model.tp)  # [B, 1, K]
         logits = logits[:, 0, : model.config.sizes[depth]].float()
+        self._finite.logical_and_(logits.isfinite().all())
         if self._guidance is None:
             return logits
         conditional, null = logits.chunk(2)
@@ -194,6 +199,7 @@ class Sampler:
 
     def _capture(self) -> None:
         """Record the steps as CUDA graphs, under the length of their window; the head's under 0."""
+        graphs: dict[int, torch.cuda.CUDAGraph] = {}
         pool = torch.cuda.graph_pool_handle()
         lengths = {self._window_length(position) for position in range(self.transformer.config.positions - 1)}
         steps = {length: functools.partial(self._windowed_step, length) for length in sorted(lengths)}
@@ -202,9 +208,10 @@ class Sampler:
                 self._place.zero_()
                 _on_side_stream(step, self._place.device)
             self._place.zero_()
-            self._graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graphs[key], pool=pool, capture_error_mode="thread_local"):
+            graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[key], pool=pool, capture_error_mode="thread_local"):
                 step()
+        self._graphs = graphs  # all of them, or none where memory ran out
 
     def _windowed_step(self, length: int) -> None:
         """The body's step at the place that the device knows."""
@@ -242,7 +249,9 @@ class Draws:
     def seed(self, seed: int, indices: Sequence[int]) -> None:
         """Draw the numbers of the next batch's pictures."""
         numbers = [
-            torch.rand(self._shape, generator=named_generator(seed, "picture", int(index)), dtype=torch.float64)
+            torch.rand(
+                self._shape, generator=named_generator(seed, "picture", index), dtype=torch.float64, device="cpu"
+            )
             for index in indices
         ]
         self._uniform.copy_(torch.stack(numbers))
@@ -278,7 +287,7 @@ class CodeSampler:
             guidance = None
         asked = (len(cond), settings, 1.0 if guidance is None else guidance.scale)
         if self._kept != asked:
-            self._sampler = None  # its memory is free before the next one's is taken
+            self._kept = self._sampler = None  # its memory is free before the next one's is taken
             self._draws = Draws(self.transformer, len(cond), settings)
             self._sampler = Sampler(self.transformer, len(cond), self._draws, guidance, self._placed)
             self._kept = asked
@@ -323,10 +332,9 @@ def sample_codes(
     settings = depth_settings(transformer.config.sizes, top_k, top_p, temperature)
     seed = check_seed(seed)
     cond = check_condition(transformer, cond)
-    indices = range(len(cond)) if indices is None else indices
-    if len(indices) != len(cond):
-        raise ConfigError(f"{len(indices)} indices for {len(cond)} conditions: give one for each.")
-    return CodeSampler(transformer, captured).draw(cond, settings, seed, indices, progress, guidance)
+    return CodeSampler(transformer, captured).draw(
+        cond, settings, seed, check_indices(indices, len(cond)), progress, guidance
+    )
 
 
 def check_condition(transformer: RQTransformer, cond: Tensor) -> Tensor:
@@ -345,6 +353,18 @@ def check_condition(transformer: RQTransformer, cond: Tensor) -> Tensor:
             f"{config.cond_vocab_size - 1}. Give numbers in this range."
         )
     return cond
+
+
+def check_indices(indices: Sequence[int] | None, count: int) -> list[int]:
+    """The indices of so many pictures; 0, 1, .. for None. Raises ConfigError for another number, or other things."""
+    if indices is None:
+        return list(range(count))
+    if len(indices) != count:
+        raise ConfigError(f"{len(indices)} indices for {count} conditions: give one for each.")
+    try:
+        return [operator.index(index) for index in indices]
+    except TypeError:
+        raise ConfigError(f"indices={list(indices)!r}: give whole numbers.") from None
 
 
 @contextmanager

@@ -19,6 +19,8 @@ Shares = float | Sequence[float]
 
 _TRITON = importlib.util.find_spec("triton") is not None
 _COOLEST = 1e-6
+_NUCLEUS = 256
+"""Codes that top-p alone is first looked for in."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,17 @@ class DepthSettings:
 
     def _filtered(self, weights: Tensor) -> Tensor:
         """Probabilities [B, K] with those that top-k, then top-p leave out set to 0."""
-        likeliest, codes = weights.topk(self.top_k, dim=-1)  # falling
+        size = weights.shape[-1]
+        # For top-p alone no more codes are sorted than reach it; a GPU, which would have to be waited for, sorts all.
+        count = self.top_k if self.top_k < size or weights.is_cuda else min(_NUCLEUS, size)
+        likeliest, codes = weights.topk(count, dim=-1)  # falling
         cumulated = likeliest.cumsum(-1, dtype=torch.float64)
-        before = (cumulated - likeliest) / cumulated[..., -1:]
+        total = cumulated[..., -1:] if count == self.top_k else weights.sum(-1, keepdim=True, dtype=torch.float64)
+        while count < self.top_k and not (cumulated[..., -1:] > self.top_p * total).all():
+            count = min(4 * count, size)
+            likeliest, codes = weights.topk(count, dim=-1)
+            cumulated = likeliest.cumsum(-1, dtype=torch.float64)
+        before = (cumulated - likeliest) / total
         kept = likeliest.masked_fill(before >= self.top_p, 0)
         return torch.zeros_like(weights).scatter_(-1, codes, kept)
 

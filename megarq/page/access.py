@@ -12,7 +12,10 @@ class Passwords:
 
     def __init__(self, file: Path) -> None:
         """Raises: ConfigError, which tells no password."""
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError:
+            raise ConfigError(f"--password-file {file} is no text in UTF-8. Write it again.") from None
         if not lines:
             raise ConfigError(f"--password-file {file} is empty. Write one password, or lines of user:password.")
         self._password: str | None = None

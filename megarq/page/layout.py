@@ -32,7 +32,7 @@ footer { display: none !important }
 """
 SHARP = ".grid-container img { image-rendering: pixelated }"
 ONE_QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
-AT_ONCE: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 GALLERY: dict[str, Any] = {
     "format": "png",
     "object_fit": "contain",
@@ -102,6 +102,9 @@ class Events:
         except Stopped:
             gr.Info("Stopped. Nothing was drawn.")
             return gr.skip()
+        if (tokens := self._page.cut(drawing)) is not None:
+            read = self._page.generator.transformer.config.cond_length
+            gr.Warning(f"The prompt has {tokens} tokens; the model reads the first {read}.", duration=ERROR_SECONDS)
         history = _gallery([(each.pictures[0], _name(each)) for each in visit.drawings])
         return *_show(drawing, f", in {time.monotonic() - began:.1f} s"), history, drawing.asked.seed
 

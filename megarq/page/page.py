@@ -15,16 +15,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
+from megarq.data.picture_set import LONGEST_PROMPT
 from megarq.errors import ConfigError
 from megarq.inference.generator import ImageGenerator
 from megarq.inference.options import per_depth
 from megarq.inference.png import write_png
 
-LONGEST_PROMPT = 1000
-"""Characters."""
 LONGEST_FIELD = 100
 """Characters of any other field."""
 HISTORY = 20
@@ -117,7 +117,8 @@ class Page:
         """Draw what is asked, show it and put it before the visit's other drawings.
 
         Raises:
-            ConfigError: a field that cannot be read, is too long or out of range, or that the model cannot follow.
+            ConfigError: a field that cannot be read, is too long or out of range, or that the model cannot follow, or
+                pictures that do not fit its memory.
             Stopped: the visit is stopping.
         """
         subject, settings = self._read(asked)
@@ -132,16 +133,26 @@ class Page:
             progress(drawn, total)
 
         sampling = {name: value for name, value in settings.items() if name != "count"}
-        codes = self.generator.sample_codes(cond, **sampling, progress=tell)
+        try:
+            codes = self.generator.sample_codes(cond, **sampling, progress=tell)
+            pictures = self.generator.decode(codes)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(f"{len(cond)} pictures do not fit the memory that is left: ask for fewer.") from error
         drawing = Drawing(
             asked=replace(asked, seed=str(settings["seed"])),
-            facts={**{name: [value] for name, value in subject.items()}, **settings},
+            facts={**{name: [value] for name, value in subject.items()}, **settings, **self.generator.facts},
             codes=codes,
-            pictures=self.generator.decode(codes),
+            pictures=pictures,
         )
         visit.drawings.appendleft(drawing)
         visit.shown = drawing
         return drawing
+
+    def cut(self, drawing: Drawing) -> int | None:
+        """Tokens of its caption, where the model does not read all of them."""
+        tokenizer, captions = self.generator.tokenizer, drawing.facts.get("prompts")
+        tokens = tokenizer.count(captions[0]) if tokenizer is not None and captions else 0
+        return tokens if tokens > self.generator.transformer.config.cond_length else None
 
     def refine(self, drawing: Drawing, index: int) -> list[Image.Image]:
         """One picture of a drawing from its first 1, 2, .. D depths."""

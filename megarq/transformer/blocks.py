@@ -59,6 +59,12 @@ class KeyValueCache:
         self.length = 0
         self.window = None
 
+    def clear(self) -> None:
+        """Forget all tokens, and what is not finite in the buffers."""
+        self.reset()
+        self.keys.zero_()
+        self.values.zero_()
+
     def like(self, batch: int, tokens: int) -> "KeyValueCache":
         """An empty cache of the same layer for so many sequences and tokens."""
         _, heads, _, width = self.keys.shape

@@ -2,7 +2,7 @@
 
 Codes enter as the frozen codebook's vectors through one Linear, or as learned embeddings. The codebook is a buffer of
 each input that reads it, so that nothing is shared between pipeline stages; it is not part of the state dict, since
-the RQ-VAE's file holds it. Under bf16 training DeepSpeed leaves it fp32: its vectors are cast where they are projected.
+the RQ-VAE's file holds it. It is fp32 in bf16 training and sampling too: vectors are cast where they are projected.
 Shapes: B batch, L condition length, T positions, D depth, E width, C codebook dim.
 """
 
@@ -38,7 +38,7 @@ class FrozenCodebook(CodeTable):
 
     def __init__(self, sizes: tuple[int, ...], shared: bool, codebook_dim: int) -> None:
         super().__init__(sizes, shared)
-        self.register_buffer("vectors", torch.zeros(self.rows, codebook_dim), persistent=False)
+        self.register_buffer("vectors", torch.zeros(self.rows, codebook_dim, dtype=torch.float32), persistent=False)
 
     def forward(self, codes: Tensor) -> Tensor:
         return nn.functional.embedding(self.index(codes), self.vectors)

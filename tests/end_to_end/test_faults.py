@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -171,9 +172,10 @@ def test_losses_that_are_never_numbers_again_end_the_run_with_its_checkpoints(
     expect_same_run(run, undisturbed)
 
 
-def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(training, undisturbed, tmp_path, record):
+def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(training, undisturbed, tmp_path, record, request):
     files = checkpoint_at(undisturbed).folder.iterdir()
     run, checkpoint = tmp_path / "disk" / "run", sum(file.stat().st_size for file in files)
+    request.addfinalizer(lambda: subprocess.run(["umount", str(run.parent)], capture_output=True))
     with little_space(run.parent, round(4.5 * checkpoint)):
         job = training.start(run)
         job.wait_until(lambda: last_step(run) >= 2 * SAVED_EVERY)

@@ -37,8 +37,7 @@ def test_captured_steps_draw_the_codes_of_a_cpu(model, scale):
     null = torch.zeros(model.config.cond_length, dtype=torch.int64)
     asked = {"top_k": 1, "guidance": Guidance(scale, null)}
     expected = sample_codes(model, cond, **asked)
-    with torch.device(DEVICE):
-        drawn = sample_codes(model.to(DEVICE), cond.to(DEVICE), **asked)
+    drawn = sample_codes(model.to(DEVICE), cond.to(DEVICE), **asked)
     model.cpu()
     assert torch.equal(drawn.cpu(), expected)
 

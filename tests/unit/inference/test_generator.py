@@ -175,6 +175,11 @@ def test_one_channel_makes_grey_pictures():
         ("text", {"prompts": [3]}, "prompt 3"),
         ("text", {"prompts": ["two"], "count": 0}, "count=0"),
         ("text", {"prompts": ["two"], "count": 1.5}, "count=1.5"),
+        ("text", {"prompts": ["two"], "count": 10**9}, "count=1000000000 of 1 prompts .* at most 1,000,000 pictures"),
+        ("text", {"prompts": ["two"], "count": 10**30}, "at most 1,000,000 pictures"),
+        ("text", {"prompts": ["two"] * 3, "count": 400_000}, "count=400000 of 3 prompts"),
+        ("text", {"prompts": "a" * 1001}, "prompt of 1001 characters: give at most 1000"),
+        ("text", {"prompts": ["two", "\ud800"]}, r"prompt '\\ud800' is no text"),
         ("text", {"prompts": ["two"], "top_k": 0}, "top_k=0"),
         ("text", {"prompts": ["two"], "temperature": float("nan")}, "temperature=nan"),
         ("text", {"prompts": ["two"], "seed": "x"}, "seed='x'"),
@@ -189,6 +194,18 @@ def test_one_channel_makes_grey_pictures():
 def test_what_a_model_cannot_be_asked_for_is_refused(folders, kind, question, message):
     with pytest.raises(ConfigError, match=message):
         ImageGenerator.from_pretrained(folders[kind]).generate(**question)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5])
+def test_a_batch_size_of_no_pictures_is_refused(folders, size):
+    with pytest.raises(ConfigError, match=f"batch_size={size}"):
+        ImageGenerator.from_pretrained(folders["text"], batch_size=size)
+
+
+@pytest.mark.parametrize("indices", [[0], [0, 1, 2], ["a", "b"]])
+def test_indices_that_do_not_fit_the_conditions_are_refused(text, indices):
+    with pytest.raises(ConfigError, match="indices"):
+        text.sample_codes(text.conditions(["two", "two"]), indices=indices)
 
 
 def test_prompts_without_a_tokenizer_are_refused(text):

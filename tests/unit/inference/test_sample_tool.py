@@ -1,6 +1,7 @@
 """tools/sample.py: one PNG, its text chunks, and bad options."""
 
 import json
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -88,7 +89,11 @@ def test_classes_are_asked_for_by_number(tool, class_folder, tmp_path):
 def test_the_png_tells_how_it_was_drawn(tool, folder, tmp_path):
     options = ["--top-k", "5,4,3", "--top-p", "0.9", "--temperature", "1.2", "--guidance", "2", "--seed", "8"]
     tool.main([folder, "--prompt", "two", *options, "--output", str(tmp_path / "g.png")])
-    facts = {key: json.loads(value) for key, value in Image.open(tmp_path / "g.png").text.items() if key != "Software"}
+    text = Image.open(tmp_path / "g.png").text
+    assert text.pop("Software") == "MegaRQ" and text.pop("dtype") == "float32"
+    facts = {key: json.loads(value) for key, value in text.items()}
+    model = facts.pop("model")
+    assert model["name"] == Path(folder).name and {"weights", "step", "rqvae"} < model.keys()
     settings = {"temperature": 1.2, "top_k": [5, 4, 3], "top_p": 0.9, "guidance": 2, "seed": 8}
     assert facts == {"prompts": ["two"], "count": 1, **settings}
 
@@ -103,6 +108,9 @@ def test_the_png_tells_how_it_was_drawn(tool, folder, tmp_path):
         (["--prompt", "two", "--top-p", "2"], "top_p=2"),
         (["--prompt", "two", "--guidance", "-1"], "guidance=-1"),
         (["--prompt", "two", "--count", "0"], "--count 0"),
+        (["--prompt", "two", "--count", "1000000000"], "a grid holds at most 10,000"),
+        (["--prompt", ""], "prompt '': give a caption"),
+        (["--prompt", "a" * 1001], "prompt of 1001 characters"),
         (["--class", "2"], "classes given"),
         ([], "neither prompts nor classes"),
     ],
@@ -111,6 +119,18 @@ def test_a_bad_option_is_refused_and_writes_nothing(tool, folder, tmp_path, opti
     with pytest.raises(ConfigError, match=message):
         tool.main([folder, *options, "--output", str(tmp_path / "g.png")])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_class_that_does_not_exist_is_refused(tool, class_folder, tmp_path):
+    with pytest.raises(ConfigError, match="class=5: this model knows classes 0 to 4"):
+        tool.main([class_folder, "--class", "5", "--output", str(tmp_path / "g.png")])
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_drawn(tool, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "loaded", None)
+    (tmp_path / "g.png").mkdir()
+    with pytest.raises(IsADirectoryError):
+        tool.main([folder, "--prompt", "two", "--output", str(tmp_path / "g.png")])
 
 
 def test_another_kind_of_picture_file_is_refused(tool, folder, tmp_path):

@@ -1,5 +1,6 @@
 """Sampling: cached logits, the filters, the distribution of codes, and what is random about a picture."""
 
+from contextlib import contextmanager
 from itertools import product
 from math import sqrt
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from megarq.errors import ConfigError
-from megarq.inference.sampling import Draws, Guidance, Sampler, sample_codes
+from megarq.inference.sampling import CodeSampler, Draws, Guidance, Sampler, sample_codes
 from megarq.inference.settings import DepthSettings, depth_settings
 
 ONE_POSITION = {"code_shape": [1, 2, 2], "codebook_size": 3, "cond_length": 1, "cond_vocab_size": 5}
@@ -272,8 +273,92 @@ def test_one_value_in_a_list_serves_all_depths():
     assert [each.top_p for each in depth_settings((12, 7), top_p=[0.5])] == [0.5, 0.5]
 
 
-def test_damaged_weights_are_named_and_draw_nothing(build):
+@pytest.mark.parametrize("damaged", ["body.1.mlp.up.weight", "head.0.mlp.up.weight", "outputs.codes.linear.weight"])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 1}, {"top_p": 0.5}], ids=["all", "greedy", "nucleus"])
+def test_damaged_weights_are_named_and_draw_nothing(build, damaged, settings):
     model = build().transformer
-    model.body["1"].mlp.up.weight[0, 0] = float("nan")
+    dict(model.named_parameters())[damaged].data.view(-1)[-1] = float("nan")
     with pytest.raises(ConfigError, match="not finite"):
-        sample_codes(model, torch.ones(2, 4, dtype=torch.int64))
+        sample_codes(model, torch.ones(2, 4, dtype=torch.int64), **settings)
+
+
+@pytest.mark.parametrize("placed", [False, True], ids=["plain", "placed"])
+def test_a_batch_that_is_not_finite_leaves_nothing_to_the_next(build, placed):
+    model = build().transformer
+    good, bad = torch.ones(2, 4, dtype=torch.int64), torch.full((2, 4), 3)
+    draws = Draws(model, 2, depth_settings(model.config.sizes))
+    draws.seed(0, [0, 1])
+    sampler = Sampler(model, 2, draws, placed=placed)
+    expected = sampler.draw(good)
+    kept = model.body_input.condition.weight[3].clone()
+    model.body_input.condition.weight[3] = float("inf")
+    with pytest.raises(ConfigError, match="not finite"):
+        sampler.draw(bad)
+    model.body_input.condition.weight[3] = kept
+    assert torch.equal(sampler.draw(good), expected)
+
+
+def test_memory_that_runs_out_once_leaves_a_sampler_that_works(build, monkeypatch):
+    model, settings = build().transformer, depth_settings((50, 50, 50))
+    sampler, conditions = CodeSampler(model), [torch.ones(count, 4, dtype=torch.int64) for count in (2, 5)]
+    expected = sampler.draw(conditions[0], settings, 0, [0, 1])
+    with monkeypatch.context() as patch:
+        patch.setattr("megarq.inference.sampling.Sampler", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            sampler.draw(conditions[1], settings, 0, range(5))
+    assert torch.equal(sampler.draw(conditions[0], settings, 0, [0, 1]), expected)
+
+
+def out_of_memory(*args, **options):
+    raise torch.OutOfMemoryError("made up")
+
+
+def test_steps_are_all_captured_or_none(build, monkeypatch):
+    """By stand-ins for CUDA's graphs, of which the second finds no memory."""
+    sampler, begun = Sampler(build().transformer, 2, lambda logits, position, depth: logits.argmax(-1), placed=True), []
+
+    @contextmanager
+    def capturing(graph, **options):
+        begun.append(graph)
+        if len(begun) == 2:
+            out_of_memory()
+        yield
+
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", object)
+    monkeypatch.setattr("torch.cuda.CUDAGraph", object)
+    monkeypatch.setattr("torch.cuda.graph", capturing)
+    monkeypatch.setattr("megarq.inference.sampling._on_side_stream", lambda step, device: step())
+    with pytest.raises(torch.OutOfMemoryError):
+        sampler._capture()
+    assert sampler._graphs == {}
+    sampler._capture()
+    assert len(sampler._graphs) == len(begun) - 2 > 1
+
+
+def test_numbers_are_drawn_on_the_cpu_whatever_the_default_device(build):
+    draws = Draws(build().transformer, 1, depth_settings((50, 50, 50)))
+    draws.seed(3, [7])
+    expected = draws._uniform.clone()
+    with torch.device("meta"):
+        draws.seed(3, [7])
+    assert torch.equal(draws._uniform, expected)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 5.0], ids=["all alike", "flat", "peaked"])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.92, 1 - 1e-6])
+def test_top_p_of_a_large_codebook_keeps_what_sorting_all_of_it_keeps(scale, top_p):
+    logits = scale * torch.randn(4, 5000, generator=torch.Generator().manual_seed(1))
+    weights = logits.softmax(-1)
+    kept = DepthSettings(5000, top_p, 1.0)._filtered(weights) > 0
+    likeliest, codes = weights.sort(-1, descending=True)
+    before = likeliest.double().cumsum(-1) - likeliest
+    expected = torch.zeros_like(kept).scatter_(-1, codes, before < top_p * weights.double().sum(-1, keepdim=True))
+    if scale:
+        assert torch.equal(kept, expected)
+    assert torch.equal(kept.sum(-1), expected.sum(-1))
+
+
+@pytest.mark.parametrize("indices", [[0], [0, 1, 2], ["a", "b"], [0.5, 1]])
+def test_indices_that_are_not_one_number_for_each_picture_are_refused(build, indices):
+    with pytest.raises(ConfigError, match="give one for each|give whole numbers"):
+        sample_codes(build().transformer, torch.ones(2, 4, dtype=torch.int64), indices=indices)

@@ -44,6 +44,12 @@ def test_a_file_that_lets_nobody_or_anybody_in_is_refused_without_telling_passwo
     assert "secret" not in str(caught.value)
 
 
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "passwords").write_bytes(b"secret\xff")
+    with pytest.raises(ConfigError, match="is no text in UTF-8"):
+        Passwords(tmp_path / "passwords")
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "::1", "localhost"])
 def test_this_machine_needs_no_password(host):
     check_host(host, None)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from megarq.errors import ConfigError
@@ -25,7 +26,7 @@ def test_a_drawing_is_the_generators(page):
     )
     settings = {"temperature": [1.5, 1, 0.5], "top_k": 5, "top_p": 0.9, "guidance": 2.0, "seed": 7}
     assert same(drawing.pictures, page.generator.generate(prompts="two", count=3, **settings))
-    assert drawing.facts == {"prompts": ["two"], "count": 3, **settings}
+    assert drawing.facts == {"prompts": ["two"], "count": 3, **settings, **page.generator.facts}
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,21 @@ def test_what_a_model_of_classes_cannot_follow_is_refused(make_page, asked, mess
         page.draw(page.visit("a"), asked, quiet)
 
 
+def test_pictures_that_do_not_fit_the_memory_are_refused(page, monkeypatch):
+    def full(codes):
+        raise torch.OutOfMemoryError("made up")
+
+    monkeypatch.setattr(page.generator, "decode", full)
+    with pytest.raises(ConfigError, match="3 pictures do not fit the memory that is left: ask for fewer"):
+        page.draw(page.visit("a"), Asked("two", "3"), quiet)
+    assert not page.visit("a").drawings
+
+
+def test_a_prompt_of_more_tokens_than_the_model_reads_is_told(page):
+    short, long = (page.draw(page.visit("a"), Asked(prompt), quiet) for prompt in ("two", "two " * 40))
+    assert page.cut(short) is None and page.cut(long) == page.generator.tokenizer.count("two " * 40) > 4
+
+
 def test_progress_counts_stacks_to_the_total(page):
     told = []
     page.draw(page.visit("a"), Asked("two", "3"), lambda drawn, total: told.append((drawn, total)))
@@ -151,7 +167,10 @@ def test_a_saved_picture_tells_how_to_draw_it_again(page, tmp_path):
     path = drawing.save(1, tmp_path)
     assert path.name == "megarq-9-1.png"
     with Image.open(path) as picture:
-        facts = {name: json.loads(text) for name, text in picture.text.items() if name != "Software"}
+        text = {name: text for name, text in picture.text.items() if name != "Software"}
+        assert text.pop("dtype") == "float32"
+        facts = {name: json.loads(text) for name, text in text.items()}
+        assert facts.pop("model") == page.generator.facts["model"]
         index, question = facts.pop("index"), {name: facts.pop(name) for name in ("prompts", "count")}
         assert same([picture], [page.generator.generate(**question, **facts)[index]])
     assert index == 1 and facts["top_k"] == 5
