@@ -106,13 +106,13 @@ class SampleMaker:
         caption_encoder: CaptionEncoder | None,
         caption_dropout: float = 0.0,
         seed: int,
-        retry_seconds: float = RETRY_SECONDS,
+        lost: LostBlocks,
     ) -> None:
         """targets: "draws", "argmin" or "soft"; condition: "text", "class" or "none".
 
         caption_dropout: share of captions that are read as empty, where `make` is asked for it.
 
-        retry_seconds: how long a shard that cannot be read is waited for.
+        lost: which blocks cannot be read any more, as far as is known.
 
         Raises: DataError where the shards lack what is asked for: draws, latents, captions or classes.
         """
@@ -120,7 +120,7 @@ class SampleMaker:
         self._targets, self._condition = targets, condition
         self._cond_length, self._caption_encoder = cond_length, caption_encoder
         self._caption_dropout = caption_dropout
-        self._lost = LostBlocks(len(data.block_sizes), retry_seconds)
+        self._lost = lost
         for folder in data.folders:
             _check_targets(folder, targets)
             _check_condition(folder, condition, cond_length, caption_encoder)
@@ -330,7 +330,7 @@ class CodeLoader:
             caption_encoder=caption_encoder,
             caption_dropout=caption_dropout,
             seed=seed,
-            retry_seconds=retry_seconds,
+            lost=LostBlocks(len(data.block_sizes), retry_seconds),
         )
         self._data, self._order = data, data.order(seed)
         self._code_shape = data.settings.code_shape
@@ -392,12 +392,12 @@ def validation_batches(
     world_size: int = 1,
     seed: int = 0,
     targets: str = "draws",
-    retry_seconds: float = RETRY_SECONDS,
+    lost: LostBlocks | None = None,
 ) -> Iterator[CodeBatch]:
     """Every sample once, in order, the same in every call; each rank gets ceil(N / B) batches of B / world_size.
 
-    The last global batch is filled up with samples of weight 0; those that cannot be read have it too. Captions are
-    encoded without dropout.
+    The last global batch is filled up with samples of weight 0; those that cannot be read have it too, and are known to
+    `lost` the next time. Captions are encoded without dropout.
     Raises: as CodeLoader, at once.
     """
     share = check_share(global_batch_size, world_size)
@@ -408,7 +408,7 @@ def validation_batches(
         cond_length=cond_length,
         caption_encoder=caption_encoder,
         seed=seed,
-        retry_seconds=retry_seconds,
+        lost=lost or LostBlocks(len(data.block_sizes), RETRY_SECONDS),
     )
     ends = np.cumsum(data.block_sizes)
 

@@ -13,6 +13,7 @@ from megarq.config.run import RQTransformerRunConfig
 from megarq.data.code_shards import CodeShards, ShardError
 from megarq.data.exclusion import excluded_samples
 from megarq.data.loader import CodeBatch, CodeLoader, validation_batches
+from megarq.data.lost import LostBlocks
 from megarq.data.manifest import MANIFEST
 from megarq.data.mixture import Mixture, Source
 from megarq.data.order import IntArray
@@ -130,8 +131,8 @@ def make_batches(
         "world_size": topology.dp,
         "seed": config.train.seed,
         "targets": config.objective.targets,
-        "retry_seconds": min(config.data.retry_seconds, config.faults.hang_seconds / 2 or math.inf),
     }
+    retry_seconds = min(config.data.retry_seconds, config.faults.hang_seconds / 2 or math.inf)
     encode = partial(encode_caption, tokenizer, config.model.cond_length) if tokenizer else None
     loader = CodeLoader(
         train,
@@ -141,12 +142,14 @@ def make_batches(
         prefetch=config.data.prefetch,
         pin_memory=session.device.type == "cuda",
         start=session.start,
+        retry_seconds=retry_seconds,
         **options,
     )
     if held_out is None:
         return loader, None
     whole = partial(encode, 0.0) if encode else None
-    start_pass = partial(validation_batches, held_out, caption_encoder=whole, **options)
+    lost = LostBlocks(len(held_out.block_sizes), retry_seconds)
+    start_pass = partial(validation_batches, held_out, caption_encoder=whole, lost=lost, **options)
     start_pass()  # what the shards lack is said now, not at the first validation
     return loader, start_pass
 

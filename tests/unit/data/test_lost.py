@@ -110,13 +110,13 @@ def encode_caption(caption: str, seed: int | None) -> list[int]:
     return [int("".join(filter(str.isdigit, caption)) or 0)]
 
 
-OPTIONS = {"caption_encoder": encode_caption, "cond_length": 1, "global_batch_size": 40, "seed": 5, "retry_seconds": 0}
+OPTIONS = {"caption_encoder": encode_caption, "cond_length": 1, "global_batch_size": 40, "seed": 5}
 """Epochs of ten batches."""
 
 
 def batches(codes: CodeShards | Mixture, count: int, **changes: object) -> list[CodeBatch]:
     data = codes if isinstance(codes, Mixture) else Mixture([codes])
-    return list(islice(CodeLoader(data, **OPTIONS | {"condition": "text"} | changes), count))  # type: ignore[arg-type]
+    return list(islice(CodeLoader(data, **OPTIONS | {"condition": "text", "retry_seconds": 0} | changes), count))  # type: ignore[arg-type]
 
 
 def remove(codes: CodeShards, file: str) -> CodeShards:
@@ -199,9 +199,14 @@ def test_where_nothing_can_be_read_the_rank_ends(make_codes: MakeCodes) -> None:
 
 
 @pytest.mark.parametrize("targets", ["draws", "soft"])
-def test_in_validation_the_samples_of_a_lost_shard_weigh_nothing(make_codes: MakeCodes, targets: str) -> None:
+def test_in_validation_the_samples_of_a_lost_shard_weigh_nothing(
+    make_codes: MakeCodes, clock: Clock, targets: str
+) -> None:
     codes = remove(make_codes([[60, 40], [70, 30], [205]]), "000001.tar")
-    found = list(validation_batches(Mixture([codes]), condition="text", targets=targets, **OPTIONS))
-    weights = np.concatenate([batch.weights for batch in found])
-    assert np.flatnonzero(weights).tolist() == [*range(100), *range(200, 405)]
-    assert sum(batch.lost for batch in found) == 100 and sum(len(batch.news) for batch in found) == 1
+    lost, start = LostBlocks(5, RETRY), clock.now
+    for told in (1, 0):
+        found = list(validation_batches(Mixture([codes]), condition="text", targets=targets, lost=lost, **OPTIONS))
+        weights = np.concatenate([batch.weights for batch in found])
+        assert np.flatnonzero(weights).tolist() == [*range(100), *range(200, 405)]
+        assert sum(batch.lost for batch in found) == 100 and sum(len(batch.news) for batch in found) == told
+    assert clock.now == start + RETRY  # in the first pass alone
