@@ -19,6 +19,7 @@ from megarq.errors import (
     Stopped,
     StorageError,
 )
+from megarq.files import STORAGE_FAULTS
 from megarq.launch.environment import read_environment
 from megarq.launch.stop import STOPPED
 
@@ -50,7 +51,7 @@ def run(main: Callable[[], None]) -> int:
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}. Check the path, its rights and the disk.", file=sys.stderr)
-        return 2
+        return 1 if error.errno in STORAGE_FAULTS else 2
     except Stopped as stopped:
         if rank == 0:
             print(stopped)

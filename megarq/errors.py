@@ -38,5 +38,10 @@ class FaultError(MegarqError):
     may be all that it takes."""
 
 
+def is_fault(error: BaseException) -> bool:
+    """Whether a restart may help, as far as one can tell: it is no error that a person must mend."""
+    return isinstance(error, FaultError | StorageError) or not isinstance(error, MegarqError)
+
+
 class Stopped(Exception):  # noqa: N818 - it is no error
     """A run that was asked to stop, has saved, and goes on when it is started again; the same on all ranks."""

@@ -4,6 +4,7 @@ A run asks this itself before its first step, with more: its configuration, its 
 """
 
 import argparse
+import faulthandler
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from megarq import cli
 from megarq.config.faults import FaultConfig
 from megarq.config.preflight import PreflightConfig
 from megarq.engine.preflight import Preflight
+from megarq.errors import ConfigError
 from megarq.launch.disks import check_folder
 from megarq.launch.environment import read_environment
 from megarq.launch.gather import Gather
@@ -20,7 +22,7 @@ from megarq.launch.process_group import joined, rank_device
 from megarq.parallel.topology import ProcessGroups, Topology
 
 EXAMPLE = """example:
-  srun python tools/preflight.py --output runs/t2i --data codes tokenizer.json --min-bandwidth 20
+  launchers/slurm/submit.sh preflight --nodes=8 -- --output runs/t2i --data codes tokenizer.json --min-bandwidth 20
   torchrun --nproc_per_node 8 tools/preflight.py --tp 8"""
 
 
@@ -51,9 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.output is not None:
             check_folder(args.output, environment.rank, preflight.hosts, gather)
 
+    faulthandler.dump_traceback_later(FaultConfig().hang_seconds, exit=True)  # ranks that wait for each other in vain
     with joined(environment, device, meet):
         preflight.try_collectives(ProcessGroups.build(topology))
         preflight.see(args.data, contents=False)
+        if missing := [str(path) for path in args.data if not path.exists()]:
+            raise ConfigError(f"--data {', '.join(missing)}: not there on any rank. Check the path.")
+    faulthandler.cancel_dump_traceback_later()
     if environment.rank == 0:
         found = [f"  {name}: {value}" for name, value in preflight.found.items()]
         print("\n".join([preflight.line(), *found, *(f"WARNING: {warning}." for warning in preflight.warnings)]))

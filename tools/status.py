@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megarq import cli
-from megarq.engine.status import as_json, page, status
+from megarq.engine.status import Status, as_json, page, status
+from megarq.errors import ConfigError, DataError
 
 EXAMPLE = """example:
   python tools/status.py runs/t2i
@@ -28,12 +29,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def look(runs: Sequence[Path]) -> tuple[list[Status], list[str]]:
+    """The runs, and lines about what is none. Raises DataError for a single folder that is none."""
+    found, missing = [], []
+    for run in runs:
+        try:
+            found.append(status(run))
+        except DataError as error:
+            if len(runs) == 1:
+                raise
+            missing.append(f"{error}")
+    return found, missing
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = parse(argv)
+    if args.watch is not None and not args.watch > 0:
+        raise ConfigError(f"--watch {args.watch:g}: give seconds, above 0.")
     while True:
-        found = [status(run) for run in args.runs]
-        text = "\n".join(json.dumps(as_json(run)) for run in found) if args.json else "\n\n".join(map(page, found))
+        found, missing = look(args.runs)
+        if args.json:
+            text = "\n".join(json.dumps(as_json(run)) for run in found)
+        else:
+            text = "\n\n".join([*map(page, found), *missing])
         print(f"{CLEAR}{text}" if args.watch and sys.stdout.isatty() else text, flush=True)
         if not args.watch:
             return

@@ -13,6 +13,11 @@ source "${MEGARQ_SITE:-$here/site.env}"
 eval "${SETUP:-}"
 mkdir -p "$LOGS"
 notes=$LOGS/job-$SLURM_JOB_ID
+# Of a job array one task, of which one has the whole array's number for its own.
+this_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+this_job=${this_job:-$SLURM_JOB_ID}
+# Since SLURM 22.05 srun does not take it from the job by itself.
+[[ ${SLURM_CPUS_PER_TASK:-} ]] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 say() {
     printf '%s %s: %s\n' "$(date +%FT%T)" "$SLURM_JOB_NAME" "$*"
@@ -90,10 +95,20 @@ supervise() {
         count_death "$(progress "$output")" "$status"
     fi
     # A job that somebody has cancelled is told to stop as well, and must not come back.
-    if [[ $(squeue --noheader --job="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
-        say "queued again"
-        scontrol requeue "$SLURM_JOB_ID"
-    fi
+    case $(state) in
+        RUNNING) say "queued again" && scontrol requeue "$this_job" && return ;;
+        '') say "SLURM does not tell the state of job $this_job: not queued again" ;;
+    esac
+    exit 1 # what waits for this job must not begin
+}
+
+# The job's state; empty where SLURM does not answer.
+state() {
+    local attempt
+    for attempt in 1 2 3; do
+        squeue --noheader --job="$this_job" --format=%T 2>/dev/null && return
+        sleep "$attempt"
+    done
 }
 
 # Take note of a fault, and end the job where there were too many without progress.

@@ -15,7 +15,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -28,8 +28,8 @@ from torch import Tensor
 from megarq.checkpoint.format import METADATA, VERSION, Fragment, write_rank_file
 from megarq.checkpoint.run_folder import LATEST, checkpoints_folder, step_name
 from megarq.config.run import CheckpointConfig
-from megarq.errors import CheckpointError, MegarqError
-from megarq.files import write_atomically
+from megarq.errors import CheckpointError, FaultError, MegarqError
+from megarq.files import STORAGE_FAULTS, write_atomically
 from megarq.launch.gather import Gather
 from megarq.parallel.together import gather_objects, together
 from megarq.parallel.topology import Topology
@@ -41,9 +41,13 @@ _PATIENCE_AFTER_ERROR = 10.0
 _SHARE = 0.75
 """Share of a host's available memory that copies may take."""
 
-_CONTROL_GROUP = Path("/sys/fs/cgroup")
+_CONTROL_GROUP, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 logger = logging.getLogger(__name__)
+
+
+class _SilenceError(FaultError):
+    """Ranks that should write do not."""
 
 
 class CheckpointWriter:
@@ -164,9 +168,10 @@ class CheckpointWriter:
         try:
             write_atomically(entry, json.dumps(write_rank_file(temporary, self._rank, tensors)))
         except Exception as error:  # whatever it is, the other ranks must hear of it
+            failure = self._failure(temporary, error)
             with suppress(OSError):
-                write_atomically(entry, json.dumps({"failure": str(error)}))
-            raise self._failure(temporary, error) from error
+                write_atomically(entry, json.dumps({"failure": str(error), "fault": isinstance(failure, FaultError)}))
+            raise failure from error
 
     def _publish(self, step: int, temporary: Path, metadata: Mapping[str, Any]) -> None:
         """In rank 0's thread: wait for all ranks' files, then give the folder its name."""
@@ -202,7 +207,8 @@ class CheckpointWriter:
                 with suppress(FileNotFoundError):
                     found[rank] = json.loads((temporary / _entry_file(rank)).read_bytes())
                     if "failure" in found[rank]:
-                        raise MegarqError(f"rank {rank}: {found[rank]['failure']}")
+                        kind = FaultError if found[rank]["fault"] else MegarqError
+                        raise kind(f"rank {rank}: {found[rank]['failure']}")
             if len(found) == self._world_size:
                 return [found[rank] for rank in range(self._world_size)]
             written = sum(path.stat().st_size for path in temporary.glob("rank-*.safetensors"))
@@ -210,16 +216,27 @@ class CheckpointWriter:
                 progress, since = written, time.monotonic()
             if (seconds := time.monotonic() - since) > self._patience:
                 missing = sorted(set(range(self._world_size)) - found.keys())
-                raise MegarqError(f"no rank wrote for {seconds:.0f} s; still missing: {missing}")
+                raise _SilenceError(f"no rank wrote for {seconds:.0f} s; still missing: {missing}")
             if self._cancelled.wait(pause):
                 raise MegarqError("another rank failed")
             pause = min(2 * pause, 1.0)
 
-    def _failure(self, temporary: Path, error: Exception) -> CheckpointError:
+    def _failure(self, temporary: Path, error: Exception) -> MegarqError:
+        """A fault of the storage, which a restart may find mended, or what a person must mend."""
+        if isinstance(error, FaultError) or (isinstance(error, OSError) and error.errno in STORAGE_FAULTS):
+            return FaultError(
+                f"{temporary} could not be written ({error}); the checkpoint before it is whole. Give the same command "
+                "again to go on from it, and look at that storage where this comes again."
+            )
         return CheckpointError(
             f"{temporary} could not be written ({error}); the checkpoint before it is whole. Free disk space there and "
             "give the same command again to go on from it."
         )
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that the save under way has failed."""
+        return any(future.done() and future.exception() is not None for future in self._under_way)
 
     def _prune(self, step: int) -> None:
         """Remove the oldest steps, and those that this run has passed without saving them: another run left them.
@@ -249,10 +266,28 @@ def available_memory() -> int:
     except OSError:
         return 0
     free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
-    with suppress(OSError, ValueError):  # no such group, or "max": no limit
-        limit, used = (int((_CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, limit - used)
-    return free
+    for folder, limit, used in _control_groups(_OWN_GROUPS, _CONTROL_GROUP):
+        with suppress(OSError, ValueError):  # no such file, or "max": no limit
+            free = min(free, int((folder / limit).read_text()) - int((folder / used).read_text()))
+    return max(0, free)
+
+
+def _control_groups(own: Path, root: Path) -> Iterator[tuple[Path, str, str]]:
+    """The control groups that this process is in, innermost first, with the files of their limit and use of memory."""
+    with suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":  # version 2
+                base, files = root, ("memory.max", "memory.current")
+            elif "memory" in controllers.split(","):
+                base, files = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            else:
+                continue
+            folder = base / path.lstrip("/")
+            for above in (folder, *folder.parents):
+                yield above, *files
+                if above == base:
+                    break
 
 
 def _entry_file(rank: int) -> str:

@@ -242,6 +242,10 @@ class CodeShards:
         """Name of the shard that a block lies in."""
         return self._records[int(self._shard_of_block[block])].file
 
+    def path_of(self, block: int) -> Path:
+        """The shard that a block lies in."""
+        return self.folder / self.file_of(block)
+
     def key(self, block: int, row: int) -> str:
         """The name of a sample."""
         return cast(str, self.text_run("keys", block, row, 1)[0])

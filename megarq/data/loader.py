@@ -69,7 +69,7 @@ class CodeBatch:
     lost: int = 0
     """Samples that could not be read: others stand in for them, or they have no weight."""
     news: list[str] = field(default_factory=list)
-    """What could not be read any more from this batch on, as sentences without a full stop."""
+    """What could not be read any more from this batch on."""
 
 
 @dataclass
@@ -308,7 +308,7 @@ class CodeLoader:
         prefetch: int = 2,
         pin_memory: bool = False,
         start: LoaderState | None = None,
-        retry_seconds: float = RETRY_SECONDS,
+        lost: LostBlocks | None = None,
     ) -> None:
         """caption_dropout: share of captions that are read as empty.
 
@@ -316,7 +316,7 @@ class CodeLoader:
 
         prefetch: batches that the workers make ahead; pin_memory: hand batches over in page-locked memory, for CUDA.
 
-        retry_seconds: how long a shard that cannot be read is waited for before others stand in for its samples.
+        lost: which blocks cannot be read any more, as far as is known; a shard that cannot be is waited for by it.
 
         Raises: DataError where the ranks cannot share the batch, the start is of other data, or the shards lack what
         the targets or the condition need.
@@ -330,7 +330,7 @@ class CodeLoader:
             caption_encoder=caption_encoder,
             caption_dropout=caption_dropout,
             seed=seed,
-            lost=LostBlocks(len(data.block_sizes), retry_seconds),
+            lost=lost or LostBlocks(len(data.block_sizes), RETRY_SECONDS),
         )
         self._data, self._order = data, data.order(seed)
         self._code_shape = data.settings.code_shape

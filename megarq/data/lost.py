@@ -37,9 +37,13 @@ class LostBlocks:
         self.mask: npt.NDArray[np.bool_] = np.zeros(blocks, np.bool_)
         """[blocks] whether each is lost."""
         self.news: list[str] = []
-        """What was lost since somebody emptied this list, as sentences without a full stop."""
+        """What was lost since somebody emptied this list: where, and why."""
         self._retry_seconds = retry_seconds
         self._calm_until = -np.inf
+
+    def add(self, blocks: IntArray) -> None:
+        """These are known to be lost; nobody waits for them."""
+        self.mask[blocks] = True
 
     def read(self, action: Callable[[], T]) -> T | None:
         """What a read gives; None where blocks that it needs are lost now."""
@@ -50,7 +54,7 @@ class LostBlocks:
             except ShardError as error:
                 left = start + self._retry_seconds - time.monotonic()
                 if error.passing and left > 0 and time.monotonic() >= self._calm_until:
-                    logger.warning("%s Trying again for %.0f s.", error, left)
+                    logger.warning("%s Trying again for %.1f s.", error, left)
                     time.sleep(min(pause, left))
                     pause *= 2
                 elif not error.passing and not again:
@@ -64,7 +68,7 @@ class LostBlocks:
             self._calm_until = time.monotonic() + CALM * self._retry_seconds
         if not self.mask[error.blocks].all():
             self.mask[error.blocks] = True
-            self.news.append(f"{socket.gethostname()}: {str(error).rstrip('.')}; other samples stand in for its own")
+            self.news.append(f"{socket.gethostname()}: {error}")
 
 
 def stand_ins(block: IntArray, row: IntArray, epoch: IntArray, sizes: IntArray, *key: int) -> tuple[IntArray, IntArray]:

@@ -16,7 +16,7 @@ Worked example: folders of N = 1000 and 400 samples with weights 1 and 0.5, so n
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,6 +172,13 @@ class Mixture:
         for folder, number, here in self._by_folder(blocks):
             found |= folder.files(blocks[here] - self._starts[number])
         return found
+
+    def blocks_in(self, files: Collection[Path]) -> IntArray:
+        """Numbers of the blocks that lie in these shards."""
+        blocks = range(len(self.block_sizes)) if files else ()
+        places = ((number, *self._place(number)) for number in blocks)
+        inside = [number for number, folder, block in places if self.folders[folder].path_of(block) in files]
+        return np.array(inside, np.int64)
 
     def read_latents(self, block: IntArray, row: IntArray) -> npt.NDArray[np.float16]:
         """[n], [n] -> latents [n, H, W, C]. Raises: DataError where none are stored."""

@@ -143,6 +143,8 @@ class Trainer:
             terms = self._update(batch)
             self.step += 1
             ranks = self._report(terms, batch, waited)
+            if any(rank.failed for rank in ranks):
+                self.writer.finish()  # raises, on all of them
             wrong, must_go_back = self._guard.look(
                 what_is_wrong(terms, ranks), ranks[0].loss, self.engine.was_step_applied()
             )
@@ -164,7 +166,7 @@ class Trainer:
             if self._ranks_differ(saving):
                 continue
             if saving:
-                self._save(batch)
+                self._save(batch, good=not wrong)
             if stop and not last:
                 self.writer.finish()
                 self.log.event("stopped", self.step, reason="asked to")
@@ -217,6 +219,7 @@ class Trainer:
             loss=terms["loss"],
             bad=not_finite(terms) is not None,
             stop=asked_to_stop() is not None,
+            failed=self.writer.failed,
         )
         values = {**dict.fromkeys(self.task.terms), **terms, **self._pace(seconds), **summary(ranks)}
         values |= {"samples_seen": self.step * plan.train.global_batch_size, "epoch": batch.state.epoch}
@@ -252,11 +255,20 @@ class Trainer:
         if not every or not (saving or self.step % every == 0):
             return False
         self._mark("comparing ranks", _SLOWER)
+        start = time.monotonic()
         differing = self._replicas.differing()
+        if saving:
+            self._stall += time.monotonic() - start
         if differing is None:
             return False
         self.log.warn(self.step, differing)
-        self._go_back(differing)
+        try:
+            self._go_back(differing)
+        except DivergenceError as error:
+            raise FaultError(
+                f"step {self.step}: {differing}, and there is no checkpoint to go back to, or going back did not help. "
+                "Give the same command again: it goes on from the last checkpoint; on another node if this comes again."
+            ) from error
         if differing := self._replicas.differing():
             raise FaultError(
                 f"{differing}, and still after going back to step {self.step}. Start again from it: the same command "
@@ -309,7 +321,7 @@ class Trainer:
             self.log.pictures(self.step, "pictures", *shown)
         self._speed.skip()
 
-    def _save(self, batch: Batch) -> None:
+    def _save(self, batch: Batch, good: bool) -> None:
         self._mark("saving", _SLOWER)
         metadata = {
             **self.plan.metadata,
@@ -318,8 +330,9 @@ class Trainer:
         }
         start = time.monotonic()
         self.writer.save(self.step, self.state.tensors(), metadata)
-        self._stall = time.monotonic() - start
-        self._times_back = 0
+        self._stall += time.monotonic() - start
+        if good:
+            self._times_back = 0
         self._speed.skip()
 
 

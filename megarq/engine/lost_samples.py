@@ -5,6 +5,7 @@ same_for_peers          ranks that share a model must read the same batch: all t
 LostSamples             the count of all ranks for the metrics, warnings, and the end of the run where it is too high
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,9 @@ from megarq.engine.metrics import Findings
 from megarq.errors import LostDataError
 from megarq.parallel.together import gather_objects
 from megarq.parallel.topology import ProcessGroups
+
+SHOWN = 5
+"""Reasons that an error tells."""
 
 
 def same_for_peers(batch: CodeBatch, groups: ProcessGroups, device: torch.device) -> CodeBatch:
@@ -48,7 +52,8 @@ class LostSamples:
         """max_rate: share of an epoch's samples that others may stand in for."""
         self._samples, self._max_rate, self._groups, self._device = samples_per_epoch, max_rate, groups, device
         self._since, self._news = 0, list[str]()
-        self._epoch, self._in_epoch, self._last = 0, 0, ""
+        self._epoch, self._in_epoch = 0, 0
+        self._told: list[str] = []
 
     def add(self, batch: CodeBatch, training: bool) -> None:
         """Take in this rank's share of a batch; what validation misses is told, but not counted."""
@@ -64,18 +69,24 @@ class LostSamples:
         dist.all_reduce(counted)
         lost, news = counted.tolist()
         lost //= self._groups.topology.tp * self._groups.topology.pp
-        found = Findings({"lost_samples": lost})
-        if news:
-            found.warnings = sorted({line for lines in gather_objects(self._news) for line in lines})
-            self._last = found.warnings[-1]
-        self._since, self._news = 0, []
         if epoch != self._epoch:
             self._epoch, self._in_epoch = epoch, 0
         self._in_epoch += lost
+        found = Findings({"lost_samples": lost, "lost_in_epoch": self._in_epoch})
+        if news:
+            self._told += (lines := sorted({line for lines in gather_objects(self._news) for line in lines}))
+            found.warnings = [f"{line.rstrip('.')}; other samples stand in for its own" for line in lines]
+        self._since, self._news = 0, []
         if self._in_epoch > self._max_rate * self._samples:
-            raise LostDataError(
-                f"{self._in_epoch} samples of this epoch of {self._samples} cannot be read, more than "
-                f"data.max_lost_rate={self._max_rate:g} allows; the last loss was {self._last}. Mend the shards that "
-                "tools/status.py names, and start the run again: it goes on from its last checkpoint."
-            )
+            raise too_many(self._in_epoch, self._samples, self._max_rate, self._told)
         return found
+
+
+def too_many(lost: int, samples: int, max_rate: float, reasons: Sequence[str]) -> LostDataError:
+    """That more of an epoch's samples than is allowed cannot be read, and why."""
+    shown = "\n".join(f"  {reason}" for reason in reasons[:SHOWN])
+    more = f"\n  and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
+    return LostDataError(
+        f"{lost} samples of an epoch of {samples} cannot be read, more than data.max_lost_rate={max_rate:g} allows. "
+        f"Mend what is named here, or allow more, and give the same command again:\n{shown}{more}"
+    )

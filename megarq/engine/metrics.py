@@ -15,7 +15,7 @@ from torch import Tensor
 from megarq.engine.events import add_event, read_events
 from megarq.engine.json_lines import METRICS_FILE, json_lines
 from megarq.engine.pictures import save_png
-from megarq.errors import Stopped
+from megarq.errors import Stopped, is_fault
 from megarq.files import write_atomically
 
 PICTURES = "pictures"
@@ -186,7 +186,7 @@ class MetricsLog:
         """The run ends by an error, after the last step that was written: close, as far as the disk lets us."""
         if not isinstance(error, Stopped):
             with suppress(OSError):
-                self.event("failed", self._step, text=str(error))
+                self.event("failed", self._step, text=str(error), fault=is_fault(error))
         with suppress(OSError):
             self.close()
         self._active = False

@@ -6,7 +6,7 @@ Whatever makes a run skip, stop or go back is decided by what was exchanged, so 
 import socket
 import time
 from collections.abc import Iterable
-from statistics import median
+from statistics import median_low
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,8 @@ class RankReport(NamedTuple):
     """1 where a loss or the gradient's norm is not finite."""
     stop: float
     """1 where the rank was asked to stop."""
+    failed: float
+    """1 where the checkpoint that is being written has failed on the rank."""
 
 
 class Ranks:
@@ -61,12 +63,13 @@ class Ranks:
         loss: float,
         bad: bool,
         stop: bool,
+        failed: bool,
     ) -> tuple[list[RankReport], list[str]]:
         """All ranks' numbers of this step, in order of rank, and warnings about those that are slow (collective)."""
         probing = self._config.probe_every > 0 and step % self._config.probe_every == 0
         if probing:
             self._probe_seconds = probe(self._device)
-        own = RankReport(step_seconds, data_seconds, memory_gib, self._probe_seconds, loss, bad, stop)
+        own = RankReport(step_seconds, data_seconds, memory_gib, self._probe_seconds, loss, bad, stop, failed)
         rows = torch.empty(len(self._hosts), len(own), dtype=torch.float64, device=self._device)
         dist.all_gather_into_tensor(rows, torch.tensor([own], dtype=rows.dtype, device=self._device))
         ranks = [RankReport(*row) for row in rows.tolist()]
@@ -82,7 +85,7 @@ class Ranks:
         ]
 
     def _who_is_slow(self, ranks: list[RankReport]) -> list[str]:
-        usual = median(it.probe_seconds for it in ranks)
+        usual = median_low(it.probe_seconds for it in ranks)
         slow = [rank for rank, it in enumerate(ranks) if it.probe_seconds > self._config.slow_factor * usual]
         return [
             f"{self._named(rank)} is slow: a product of matrices takes it {ranks[rank].probe_seconds * 1e3:.3g} ms, "

@@ -25,10 +25,12 @@ from megarq.engine.kernels import choose_kernels
 from megarq.engine.loop import Batch, RunPlan, Task, Trainer
 from megarq.engine.metrics import MetricsLog, peak_tflops
 from megarq.engine.preflight import Preflight
+from megarq.engine.run_lock import RunLock
 from megarq.engine.schedule import run_length
 from megarq.engine.state import Beside, EngineState
 from megarq.errors import ConfigError
 from megarq.files import file_sha256, write_atomically
+from megarq.launch.stop import interrupts_noted
 from megarq.launch.watchdog import Watchdog
 from megarq.parallel.together import gather_objects, together
 from megarq.parallel.topology import ProcessGroups, Topology
@@ -52,6 +54,8 @@ class Session:
     """What started the ranks."""
     preflight: Preflight | None = None
     """Checks before the first step, begun; None for none."""
+    lock: RunLock | None = None
+    """Rank 0's on the run's folder."""
 
     @classmethod
     def open(
@@ -73,10 +77,18 @@ class Session:
         groups = ProcessGroups.build(topology, config.parallel.sequence)
         if preflight is not None:
             preflight.try_collectives(groups)
+        lock = RunLock(run)
+
+        def lock_on_rank_zero() -> None:
+            if topology.rank == 0:
+                run.mkdir(parents=True, exist_ok=True)
+                lock.take()
+
+        together(lock_on_rank_zero)
         checkpoint = newest_checkpoint(run, topology.rank, topology.world_size, gather_objects)
         if checkpoint is not None:
             _check_same_model(checkpoint, config, run)
-        session = cls(config, ds, run, groups, device, checkpoint, launcher, preflight)
+        session = cls(config, ds, run, groups, device, checkpoint, launcher, preflight, lock)
         session.keep_beside(lambda run: save_config(config, run / RESOLVED))
         return session
 
@@ -178,16 +190,19 @@ class Session:
             ):
                 task = make_task(engine)
                 trainer = Trainer(plan, engine, state, task, self.groups, self.device, log, writer, watchdog, step)
-                trainer.fit(batches)
+                with interrupts_noted():
+                    trainer.fit(batches)
         except Exception as error:
             log.failed(error)
             raise
         finally:
             log.close()
+            if self.lock is not None:
+                self.lock.release()
             engine.destroy()
 
     def _hung(self, step: int, verdict: str) -> None:
-        add_event(self.run, "failed", step, text=verdict)
+        add_event(self.run, "failed", step, text=verdict, fault=True)
 
     def _changes(self) -> list[str]:
         """Keys whose values differ from those that the checkpoint was saved with."""

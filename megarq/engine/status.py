@@ -65,7 +65,9 @@ class Status:
     """That writing it took, beside the training."""
     starts: int
     deaths: int
-    """Starts that followed no orderly end."""
+    """Starts that followed no orderly end, or a fault of the machine."""
+    lost_samples: int
+    """Of the epoch, those that others stood in for since the last start."""
     skipped: int
     """Steps that were not finite."""
     rolled_back: int
@@ -78,7 +80,7 @@ def status(run: Path, now: float | None = None) -> Status:
     events = read_events(run)
     lines = [values for _, values in json_lines(run / METRICS_FILE, "step", "loss", "time", last_bytes=_TAIL)]
     if not events:
-        raise DataError(f"{run} holds no events.jsonl: give the --output folder of a training run.")
+        raise DataError(f"{run} holds no events.jsonl: it is no run, or none that has begun. Give a run's --output.")
     now = time.time() if now is None else now
     started = [event for event in events if event["event"] == "started"]
     start = started[-1] if started else {}
@@ -115,6 +117,7 @@ def status(run: Path, now: float | None = None) -> Status:
         checkpoint_seconds=saved.get("seconds"),
         starts=len(started),
         deaths=_deaths(events),
+        lost_samples=last.get("lost_in_epoch", 0),
         skipped=sum(event["event"] == "skipped" for event in events),
         rolled_back=sum(event["event"] == "rolled back" for event in events),
         warnings=[_told(event) for event in events if event["event"] == "warning"][-_WARNINGS:],
@@ -137,7 +140,7 @@ def _deaths(events: list[dict[str, Any]]) -> int:
             deaths += going
             going = True
         elif event["event"] in _ENDS:
-            going = False
+            going = event.get("fault", False)
     return deaths
 
 
@@ -180,6 +183,7 @@ def page(it: Status) -> str:
         ("speed", _speed(it)),
         ("checkpoint", _checkpoint(it) or "none yet"),
         ("restarts", _restarts(it)),
+        ("lost", f"{it.lost_samples:,} samples of this epoch, for which others stand in" if it.lost_samples else None),
         *(("WARNING", warning) for warning in it.warnings),
     ]
     return "\n".join([it.run, *(f"  {name:<11}{text}" for name, text in lines if text)])
@@ -208,6 +212,8 @@ def _losses(it: Status) -> str:
 
 
 def _speed(it: Status) -> str:
+    if it.state == "silent":
+        return ""
     return _parts(
         (it.images_per_second, "{:,.1f} images/s over the last hour"),
         (it.step_seconds, "a step {:.3g} s"),
@@ -231,7 +237,7 @@ def _checkpoint(it: Status) -> str:
 def _restarts(it: Status) -> str:
     return _parts(
         (max(it.starts - 1, 0), "{}"),
-        (it.deaths or None, "{} after a death"),
+        (it.deaths or None, "{} after a death or fault"),
         (it.rolled_back or None, "went back {} times"),
         (it.skipped or None, "{} steps skipped"),
     )

@@ -1,6 +1,8 @@
 """Stage 2: training the RQ-Transformer on code shards."""
 
+import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from megarq.data.mixture import Mixture, Source
 from megarq.data.order import IntArray
 from megarq.engine.build import construction
 from megarq.engine.fragments import write_sharded
+from megarq.engine.lost_samples import too_many
 from megarq.engine.pipeline import build_stage, describe_pipeline
 from megarq.engine.session import Session, copy_once
 from megarq.engine.transformer_task import TransformerTask
@@ -31,6 +34,11 @@ from megarq.text.tokenizer import TextTokenizer
 from megarq.transformer.parameters import decayed
 from megarq.transformer.rq_transformer import RQTransformer
 from megarq.transformer.stages import Stage
+
+PAUSE = 5.0
+"""Seconds between looks at shards that are missing."""
+
+logger = logging.getLogger(__name__)
 
 
 def train_transformer(
@@ -58,12 +66,13 @@ def train_transformer(
     session.see(*manifests, *lists, tokenizer_file, validation and validation / MANIFEST, contents=True)
     rqvae = alike(lambda: load_rqvae(sources[0].folder, session.device)).requires_grad_(False)
     going_on = session.checkpoint is not None
-    excluded, faulty = from_rank_zero(lambda: check_and_exclude(sources, validation, going_on))
+    patience = retry_seconds(config) if going_on else 0
+    excluded, faulty = from_rank_zero(lambda: check_and_exclude(sources, validation, going_on, patience))
     train_data, held_out = alike(lambda: open_data(config, sources, excluded, validation, rqvae))
     if session.checkpoint is not None:
         train_data.folders[0].check_fingerprint(session.checkpoint.metadata["rqvae_fingerprint"])
     tokenizer = alike(lambda: open_tokenizer(config, tokenizer_file))
-    loader, held_out_batches = alike(lambda: make_batches(session, train_data, held_out, tokenizer))
+    loader, held_out_batches = alike(lambda: make_batches(session, train_data, held_out, tokenizer, faulty))
     files = loader.files() | (held_out.files() if held_out else {})
     session.read({file: size for file, size in files.items() if file not in faulty})
     module = build_transformer(config, session.ds, session.groups, session.device, layer_flops, rqvae)
@@ -117,10 +126,23 @@ def build_transformer(
     return module
 
 
+def retry_seconds(config: RQTransformerRunConfig) -> float:
+    """How long a shard is waited for: not so long that it would be taken for a hang."""
+    return min(config.data.retry_seconds, config.faults.hang_seconds / 2 or math.inf)
+
+
 def make_batches(
-    session: Session, train: Mixture, held_out: Mixture | None, tokenizer: TextTokenizer | None
+    session: Session,
+    train: Mixture,
+    held_out: Mixture | None,
+    tokenizer: TextTokenizer | None,
+    faulty: Mapping[Path, DataError],
 ) -> tuple[CodeLoader, Callable[[], Iterator[CodeBatch]] | None]:
-    """Training batches, and what starts a pass over the held-out ones. Raises DataError where the shards lack any."""
+    """Training batches, and what starts a pass over the held-out ones.
+
+    faulty: shards that the run must do without. Raises DataError where the shards lack any, and LostDataError where
+    those hold more samples than may be lost.
+    """
     config, topology = session.config, session.groups.topology
     assert isinstance(config, RQTransformerRunConfig)
     options: dict[str, Any] = {
@@ -132,7 +154,10 @@ def make_batches(
         "seed": config.train.seed,
         "targets": config.objective.targets,
     }
-    retry_seconds = min(config.data.retry_seconds, config.faults.hang_seconds / 2 or math.inf)
+    lost = LostBlocks(len(train.block_sizes), retry_seconds(config))
+    lost.add(train.blocks_in(faulty))
+    if (count := int(train.block_sizes[lost.mask].sum())) > config.data.max_lost_rate * train.samples:
+        raise too_many(count, train.samples, config.data.max_lost_rate, list(map(str, faulty.values())))
     encode = partial(encode_caption, tokenizer, config.model.cond_length) if tokenizer else None
     loader = CodeLoader(
         train,
@@ -142,14 +167,15 @@ def make_batches(
         prefetch=config.data.prefetch,
         pin_memory=session.device.type == "cuda",
         start=session.start,
-        retry_seconds=retry_seconds,
+        lost=lost,
         **options,
     )
     if held_out is None:
         return loader, None
     whole = partial(encode, 0.0) if encode else None
-    lost = LostBlocks(len(held_out.block_sizes), retry_seconds)
-    start_pass = partial(validation_batches, held_out, caption_encoder=whole, lost=lost, **options)
+    away = LostBlocks(len(held_out.block_sizes), retry_seconds(config))
+    away.add(held_out.blocks_in(faulty))
+    start_pass = partial(validation_batches, held_out, caption_encoder=whole, lost=away, **options)
     start_pass()  # what the shards lack is said now, not at the first validation
     return loader, start_pass
 
@@ -171,16 +197,21 @@ def encode_caption(tokenizer: TextTokenizer, length: int, dropout: float, captio
 
 
 def check_and_exclude(
-    sources: Sequence[Source], validation: Path | None, going_on: bool
+    sources: Sequence[Source], validation: Path | None, going_on: bool, patience: float = 0
 ) -> tuple[list[IntArray], dict[Path, DataError]]:
     """(numbers of the samples to leave out of each folder, shards that are missing or cut and what is wrong with each).
 
-    Raises DataError where a list is missing, and in a new run where a shard is: one that goes on does without.
+    Raises DataError where a list is missing, and in a new run where a shard is: one that goes on waits for it for
+    `patience` seconds, and then does without.
     """
     folders = [CodeShards.open(source.folder) for source in sources]
-    faulty: dict[Path, DataError] = {}
-    for folder in (*folders, *([CodeShards.open(validation)] if validation else [])):
-        faulty |= folder.faulty_files()
+    read = [*folders, *([CodeShards.open(validation)] if validation else [])]
+    deadline = time.monotonic() + patience
+    while faulty := {path: why for folder in read for path, why in folder.faulty_files().items()}:
+        if (left := deadline - time.monotonic()) <= 0:
+            break
+        logger.warning("%s Waiting for it for %.0f s.", next(iter(faulty.values())), left)
+        time.sleep(min(PAUSE, left))
     if faulty and not going_on:
         raise next(iter(faulty.values()))
     return excluded_samples(folders, [source.exclusions for source in sources], going_on), faulty

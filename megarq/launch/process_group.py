@@ -12,7 +12,10 @@ from megarq.errors import FaultError, Stopped
 from megarq.launch.environment import LaunchEnvironment
 from megarq.launch.gather import Gather, over_store
 
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(hours=2)
+"""Of a collective: more than the watchdog's patience in its slowest part, since it alone says who hangs."""
+MEETING = timedelta(minutes=30)
+"""For all ranks to join."""
 """How long a collective may wait for its slowest rank before the job fails."""
 
 
@@ -71,7 +74,7 @@ def _store(environment: LaunchEnvironment) -> dist.Store:
     master = environment.rank == 0 and not torchelastic
     attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"  # torchrun's store outlives its restarts
     try:
-        store = dist.TCPStore(environment.address, environment.port, environment.world_size, master, timeout=TIMEOUT)
+        store = dist.TCPStore(environment.address, environment.port, environment.world_size, master, timeout=MEETING)
     except dist.DistNetworkError as error:
         raise FaultError(
             f"rank {environment.rank} cannot meet the others at {environment.address}:{environment.port} "

@@ -2,7 +2,8 @@
 
     main thread   every rank   mark("step 12: forward and backward"), mark("step 12: ranks meet"), ...
     watchdog      each rank    no new mark for `seconds`: RUN/hangs/rank-00003.json, and .txt with all threads' stacks;
-                               wait for the others' reports, then end the process with status 76
+                               wait for the others' reports, then end the process with status 76, however long the
+                               file system takes for them
                   one rank     says which rank hangs, in what step, and in which collective the others wait for it
 
 Nothing is sent while all goes well, and nothing at all through the process group, which may be what hangs. A rank
@@ -18,13 +19,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
 from megarq.files import write_atomically
 
-HANGS = "hangs"
+HANGS, BEFORE = "hangs", "hangs.before"
+"""Reports of this start, and of the last one that hung."""
 HUNG = 76
 """Exit status of a rank whose watchdog ended it."""
 _OURS = str(Path(__file__).parents[1]) + os.sep
@@ -75,8 +78,11 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self._seconds:
-            if self._rank == 0:
-                shutil.rmtree(self._folder, ignore_errors=True)
+            if self._rank == 0 and self._folder.exists():
+                before = self._folder.with_name(BEFORE)
+                shutil.rmtree(before, ignore_errors=True)
+                with suppress(OSError):
+                    self._folder.rename(before)
             self._thread.start()
         return self
 
@@ -93,24 +99,27 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._seconds / 10)):
             if time.monotonic() - self._since > self._patience:
+                last = threading.Timer(4 * GRACE, os._exit, (HUNG,))
+                last.daemon = True
+                last.start()
                 try:
                     self._end()
                 finally:
                     os._exit(HUNG)
 
     def _end(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        name = f"rank-{self._rank:05d}"
-        with (self._folder / f"{name}.txt").open("w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
         report = self._report()
-        write_atomically(self._folder / f"{name}.json", json.dumps(asdict(report)))
+        name = f"rank-{self._rank:05d}"
         print(
             f"rank {self._rank}: no progress for {report.seconds:.0f} s in {_where(report)}; the stacks are in "
             f"{self._folder / name}.txt",
             file=sys.stderr,
             flush=True,
         )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / f"{name}.txt").open("w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        write_atomically(self._folder / f"{name}.json", json.dumps(asdict(report)))
         reports = self._others()
         if self._rank == min(other.rank for other in reports):
             verdict = f"HANG: {judge(reports, self._world_size)}"

@@ -5,7 +5,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megarq.errors import MegarqError
+from megarq.errors import FaultError, MegarqError
+from megarq.files import STORAGE_FAULTS
 from megarq.launch.gather import Gather
 
 T = TypeVar("T")
@@ -36,7 +37,8 @@ def from_rank_zero(action: Callable[[], T]) -> T:
 def together(action: Callable[[], T], gather: Gather = gather_objects) -> list[T]:
     """Run `action` on every rank and return all results; where it fails on any rank, raise on all (collective).
 
-    The rank that failed raises its own MegarqError or OSError, the others a MegarqError that quotes it.
+    The rank that failed raises its own MegarqError or OSError, the others a MegarqError that quotes it, or a FaultError
+    where it is one.
     """
     result: T | None = None
     failure: Exception | None = None
@@ -44,10 +46,12 @@ def together(action: Callable[[], T], gather: Gather = gather_objects) -> list[T
         result = action()
     except (MegarqError, OSError) as error:
         failure = error
-    outcomes = gather((result, None if failure is None else str(failure)))
+    fault = isinstance(failure, FaultError) or (isinstance(failure, OSError) and failure.errno in STORAGE_FAULTS)
+    outcomes = gather((result, None if failure is None else str(failure), fault))
     if failure is not None:
         raise failure
-    for rank, (_, message) in enumerate(outcomes):
+    for rank, (_, message, fault) in enumerate(outcomes):
         if message is not None:
-            raise MegarqError(f"rank {rank} failed, so this one stops too: {message}")
-    return [result for result, _ in outcomes]
+            kind = FaultError if fault else MegarqError
+            raise kind(f"rank {rank} failed, so this one stops too: {message}")
+    return [result for result, _, _ in outcomes]

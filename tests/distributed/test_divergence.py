@@ -231,3 +231,11 @@ def test_a_loss_that_stays_high_takes_the_run_back(rank_group, run):
     (back,) = events(run, "rolled back")
     assert (back["step"], back["to"]) == (calm + 7, calm) and "4 steps above 3 times its median" in back["reason"]
     assert [line["step"] for line in metrics_of(run) if "lr" in line] == [*range(1, steps + 1)]
+
+
+def test_saves_of_steps_that_are_skipped_are_no_progress(rank_group, run):
+    """Every step is skipped, and every second one saved: going back to those saves must come to an end too."""
+    config = stage_2(GOOD + 40, "fp32", every=2, skipped_steps=3, rollbacks=2)
+    case = infinite_term, "image_loss", TransformerTask, "_objective", engine_run, run, config
+    messages = rank_group(2).run(spoiled_run, ALL_LATER, *case, ds_config(1))
+    assert "going back 2 times did not help" in messages[0] and len(events(run, "rolled back")) == 2

@@ -66,7 +66,7 @@ def counted(tp: int, losses: list[list[int]], epochs: list[int], rate: float) ->
         count.add(made_up(topology.rank, 50), training=False)
         try:
             found = count.observe(epoch)
-            steps.append((found.values["lost_samples"], found.warnings))
+            steps.append((found.values["lost_samples"], found.values["lost_in_epoch"], found.warnings))
         except LostDataError as error:
             steps.append(str(error))
     return steps
@@ -77,7 +77,8 @@ def test_losses_are_counted_once_and_told_by_all(rank_group, tp):
     dp, everyone = 4 // tp, [f"news of rank {rank}" for rank in range(4)]
     losses = [[0] * dp, [2] + [1] * (dp - 1), [0] * (dp - 1) + [3]]
     found = rank_group(4).run(counted, tp, losses, [0, 0, 0], 0.5)
-    assert found == [[(0, everyone), (dp + 1, everyone), (3, everyone)]] * 4
+    told = [f"{line}; other samples stand in for its own" for line in everyone]
+    assert found == [[(0, 0, told), (dp + 1, dp + 1, told), (3, dp + 4, told)]] * 4
 
 
 def test_too_many_losses_of_one_epoch_end_all_ranks(rank_group):
@@ -85,5 +86,7 @@ def test_too_many_losses_of_one_epoch_end_all_ranks(rank_group):
     found = rank_group(2).run(counted, 1, losses, epochs, 0.1)
     assert found[0] == found[1]
     assert [step[0] for step in found[0][:4]] == [5, 5, 5, 5]
-    assert found[0][4].startswith("11 samples of this epoch of 100 cannot be read, more than data.max_lost_rate=0.1")
-    assert "the last loss was news of rank 1" in found[0][4]
+    assert [step[1] for step in found[0][:4]] == [5, 10, 5, 10]
+    error, *reasons = found[0][4].splitlines()
+    assert error.startswith("11 samples of an epoch of 100 cannot be read, more than data.max_lost_rate=0.1 allows")
+    assert reasons[:2] == ["  news of rank 0", "  news of rank 1"] and reasons[-1] == "  and 5 more"

@@ -108,6 +108,14 @@ def test_what_no_checkpoint_holds_ends_the_run_as_a_fault(rank_group, run):
     assert named(run, "failed")[0]["text"] == messages[0] and checkpoint_at(run).metadata["step"] == SAVED
 
 
+def test_where_there_is_nothing_to_go_back_to_it_is_a_fault_all_the_same(rank_group, run):
+    config = stage_2(every=100)
+    config.faults.replicas_every = 1
+    messages = rank_group(2).run(fault_of, parameter, NORM, FLIPPED, engine_run, run, config, ds_config(1))
+    assert len(set(messages)) == 1 and f"hold different numbers of {NORM}" in messages[0]
+    assert "there is no checkpoint to go back to" in messages[0]
+
+
 def test_stage_1_compares_the_discriminator_too(rank_group, run):
     config = tiny_stage1(FLIPPED + 1, every=SAVED)
     rank_group(2).run(flipped_run, beside, "weight", FLIPPED, stage1_run, run, config)

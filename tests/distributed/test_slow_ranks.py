@@ -52,6 +52,12 @@ def config_of(probe_every: int) -> Any:
     return config
 
 
+def test_of_two_ranks_the_slower_one_is_named(rank_group, run):
+    rank_group(2).run(slowed_run, more_work, run, config_of(2), ds_config(1))
+    (warning,) = warnings(run, "is slow: a product of matrices takes it")
+    assert warning["text"].startswith("rank 1 (")
+
+
 def test_a_rank_whose_own_work_takes_longer_is_named_once(rank_group, run):
     rank_group(4).run(slowed_run, more_work, run, config_of(2), ds_config(1))
     (warning,) = warnings(run, "is slow: a product of matrices takes it")

@@ -16,6 +16,7 @@ from followed_runs import events, expect_same_run, last_step
 from little_space import little_space
 
 from megarq.checkpoint.run_folder import checkpoint_at, newest_checkpoint
+from megarq.engine import run_lock
 from megarq.engine.loop import Trainer
 from megarq.engine.transformer_task import TransformerTask
 from megarq.launch.stop import STOPPED
@@ -60,8 +61,8 @@ def send_to_groups(job: Job, number: signal.Signals) -> None:
 
 @pytest.mark.parametrize(
     ("number", "send", "workers"),
-    [(signal.SIGUSR1, send_to_one, 0), (signal.SIGTERM, send_to_groups, 1)],
-    ids=["USR1 to one", "TERM to all and their workers"],
+    [(signal.SIGUSR1, send_to_one, 0), (signal.SIGTERM, send_to_groups, 1), (signal.SIGINT, send_to_groups, 1)],
+    ids=["USR1 to one", "TERM to all and their workers", "Ctrl-C"],
 )
 def test_a_run_that_is_asked_to_stop_saves_the_step_and_goes_on_from_it(
     training, undisturbed, run, record, number, send, workers
@@ -125,6 +126,21 @@ def test_a_rank_that_hangs_is_named_with_step_and_collective_and_the_job_ends(
     assert checkpoint_at(run).metadata["step"] == SAVED_EVERY
     training.finish(run)
     expect_same_run(run, undisturbed)
+    assert (run / "hangs.before" / f"rank-{rank:05d}.txt").read_text() == stacks
+
+
+def test_a_second_job_is_refused_while_one_trains_into_the_folder(training, run, monkeypatch):
+    job = training.start(run, "train.steps=100000")
+    job.wait_until(lambda: last_step(run) > SAVED_EVERY)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_lock, "PATIENCE", 0.5)
+        patch.setattr(run_lock.RunLock.take, "__defaults__", (0.5,))
+        second = training.start(run)
+    assert second.statuses() == [1] * RANKS, second.said
+    assert f'{run} is being trained into by {{"host": ' in second.said and str(job.ranks[0].pid) in second.said
+    send_to_one(job, signal.SIGTERM)
+    assert job.statuses() == [STOPPED] * RANKS, job.said
+    assert len(events(run, "started")) == 1
 
 
 def test_a_rank_that_is_stopped_with_its_watchdog_is_named_by_the_others(training, run, record):

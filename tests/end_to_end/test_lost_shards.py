@@ -128,6 +128,13 @@ def test_a_new_run_refuses_a_missing_shard_and_one_that_goes_on_does_without(tra
     job = moved.finish(run, "train.steps=20", "--exclude-keys", tmp_path / "exclude.txt")
     assert "None of the 50 samples of a block are left out" in job.said and "1 of 100 samples are left out" in job.said
     (folder / "000000.tar").unlink()
-    job = moved.start(run, "train.steps=24")
-    assert job.statuses() == [1] * RANKS, job.said
-    assert "samples drawn in place of one that cannot be read can be read either" in job.said
+    for least, status, said in (
+        (
+            "data.max_lost_rate=0.9",
+            2,
+            "100 samples of an epoch of 100 cannot be read, more than data.max_lost_rate=0.9",
+        ),
+        ("data.max_lost_rate=1", 1, "samples drawn in place of one that cannot be read can be read either"),
+    ):
+        job = moved.start(run, "train.steps=24", least)
+        assert job.statuses() == [status] * RANKS and said in job.said, job.said

@@ -136,6 +136,12 @@ def test_nodes_are_checked_without_a_run(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_data_that_no_rank_has_are_refused_without_a_run(tmp_path):
+    outcomes = call_ranks("tools/preflight.py", "--data", tmp_path / "nothere", ranks=2)
+    assert [outcome.status for outcome in outcomes] == [2, 2]
+    assert f"--data {tmp_path / 'nothere'}: not there on any rank" in outcomes[0].errors
+
+
 def test_nodes_that_are_too_slow_are_refused_without_a_run(tmp_path):
     text = ended(call_ranks("tools/preflight.py", "--min-bandwidth", 1e6, ranks=2), OTHERS_FAULT)
     assert text.startswith("all_reduce of 1 MiB over 2 ranks has a bus bandwidth of")

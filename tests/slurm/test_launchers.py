@@ -161,6 +161,46 @@ def test_a_job_that_is_cancelled_stays_away(site, train):
     assert "queued again" not in site.printed(job)
 
 
+def test_tasks_of_an_array_that_are_signalled_come_back_each_by_itself(site):
+    """The task of the highest index has the array's number for its own."""
+    script, folder = site.folder / "twice.py", site.folder / "twice"
+    script.write_text(TWICE)
+    folder.mkdir()
+    job = site.submit("evaluate", "--array=0-2", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--", script, folder)
+    site.wait_until(lambda: len(list(folder.iterdir())) == 3, job)
+    for task in (0, 2):
+        site.slurm.call("scancel", "--batch", "--signal=USR1", f"{job}_{task}")
+    site.wait_until(lambda: {path.name for path in folder.glob("*-again")} == {"0-again", "2-again"}, job)
+    (folder / "go").touch()
+    states = site.slurm.wait(job)
+    assert set(states.values()) == {"COMPLETED"}, site.printed(job)
+    assert sorted(path.name for path in folder.glob("*-again")) == ["0-again", "2-again"]
+
+
+TWICE = """
+import os, signal, sys, time
+from pathlib import Path
+folder, task = Path(sys.argv[1]), os.environ["SLURM_ARRAY_TASK_ID"]
+signal.signal(signal.SIGUSR1, lambda *_: os._exit(75))
+first = folder / task
+(folder / f"{task}-again" if first.exists() else first).touch()
+while not (folder / "go").exists():
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.full
+def test_a_time_limit_is_a_signal_and_the_job_comes_back(site, train):
+    """A limit of a minute, the least that SLURM knows, and a signal about as long before it."""
+    run = site.folder / "limited"
+    limit = ("--time=1", "--signal=B:USR1@40")
+    job = site.submit("train", "--nodes=1", *limit, "--", *train, "--output", run, "train.steps=4000")
+    site.wait_until(lambda: len(events(run, "started")) >= 2, job)
+    site.slurm.call("scancel", job)
+    site.ended(job)
+    assert events(run, "stopped") and "stopped as asked" in site.printed(job) and "TIME LIMIT" not in site.printed(job)
+
+
 @pytest.mark.parametrize(("job", "option"), [("pretokenize", "--array=0-1"), ("pretokenize_mpi", "--nodes=2")])
 def test_codes_are_made_by_an_array_and_by_mpi(site, job, option):
     folder = site.folder / job

@@ -35,6 +35,7 @@ REMEDIES = {
         "convert",
         "copy",
         "correct",
+        "draw",
         "end",
         "export",
         "free",
@@ -43,7 +44,22 @@ REMEDIES = {
         "hold",
     ),
     *("import", "leave", "make", "mend", "move", "name", "number", "press", "pretokenize", "put", "quote", "remove"),
-    *("rename", "repeat", "replace", "resize", "resume", "run", "save", "set", "start", "train", "try", "use", "write"),
+    *(
+        "wait",
+        "rename",
+        "repeat",
+        "replace",
+        "resize",
+        "resume",
+        "run",
+        "save",
+        "set",
+        "start",
+        "train",
+        "try",
+        "use",
+        "write",
+    ),
     *("did", "expected", "known"),  # did you mean X?; expected a whole number; known: a, b
 }
 ABSENCES = re.compile(r"\b(no|none|neither|without|both|empty|unset|missing)\b")

@@ -1,7 +1,10 @@
 """Saving steps: what is visible when, what a failure on any rank leaves behind, and that training goes on meanwhile."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -16,7 +19,7 @@ from megarq.checkpoint.format import Checkpoint, Fragment, write_rank_file
 from megarq.checkpoint.run_folder import alone, checkpoint_at, newest_checkpoint
 from megarq.checkpoint.writer import CheckpointWriter, available_memory
 from megarq.config.run import CheckpointConfig
-from megarq.errors import CheckpointError, MegarqError
+from megarq.errors import CheckpointError, FaultError, MegarqError
 from megarq.launch.gather import Gather
 from megarq.parallel.topology import Topology
 
@@ -178,6 +181,64 @@ def test_a_hosts_memory_must_do_for_all_its_ranks(tmp_path, monkeypatch):
 
 def test_memory_is_read_from_this_host():
     assert available_memory() > 2**20
+
+
+def test_the_least_of_all_limits_around_the_process_counts(tmp_path, monkeypatch):
+    """A step in the group of its job, as SLURM makes them: each version of control groups has files of its own."""
+    monkeypatch.setattr(writer_module, "_CONTROL_GROUP", tmp_path / "cgroup")
+    own, whole = tmp_path / "own", available_memory()
+    assert whole > 2**20
+    monkeypatch.setattr(writer_module, "_OWN_GROUPS", own)
+    for text, folder, limit, used in (
+        ("0::/slurm/job_7/step_0\n", "slurm/job_7", "memory.max", "memory.current"),
+        (
+            "5:cpu:/a\n4:memory:/slurm/job_8/step_0\n",
+            "memory/slurm/job_8",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+        ),
+    ):
+        job = tmp_path / "cgroup" / folder
+        (job / "step_0").mkdir(parents=True)
+        (job / "step_0" / limit).write_text("max\n")
+        (job / "step_0" / used).write_text("5\n")
+        own.write_text(text)
+        assert available_memory() > 2**20
+        (job / limit).write_text("1000\n")
+        (job / used).write_text("300\n")
+        assert available_memory() == 700
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, FaultError), (errno.ENOSPC, CheckpointError)])
+def test_storage_that_fails_is_a_fault_of_all_ranks_and_a_full_disk_is_the_users_to_mend(
+    tmp_path, monkeypatch, number, kind
+):
+    def write(folder: Path, rank: int, tensors: Any) -> dict[str, Any]:
+        if rank == 1 and "2" in folder.name:
+            raise OSError(number, os.strerror(number))
+        return write_rank_file(folder, rank, tensors)
+
+    monkeypatch.setattr(writer_module, "write_rank_file", write)
+    outcomes = on_three_ranks(tmp_path, lambda rank, writer: None)
+    assert type(outcomes[1]) is kind and all(isinstance(it, FaultError) == (kind is FaultError) for it in outcomes)
+    assert all("could not be written" in str(outcome) for outcome in outcomes)
+
+
+def test_a_save_that_has_failed_is_known_before_the_next_one(tmp_path, monkeypatch):
+    def write(folder: Path, rank: int, tensors: Any) -> dict[str, Any]:
+        raise OSError(errno.ENOSPC, "no space")
+
+    writer = writer_of(tmp_path)
+    writer.save(1, ONE, {})
+    writer.finish()
+    assert not writer.failed
+    monkeypatch.setattr(writer_module, "write_rank_file", write)
+    writer.save(2, ONE, {})
+    wait(writer._under_way)
+    assert writer.failed
+    with pytest.raises(CheckpointError, match="no space"):
+        writer.finish()
+    assert not writer.failed
 
 
 def test_nothing_is_copied_where_training_waits(tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def test_a_file_that_stays_away_is_lost_whole_and_told_once(clock: Clock) -> Non
     assert clock.now == start + RETRY
     assert np.flatnonzero(blocks.mask).tolist() == [3, 4]
     (line,) = blocks.news
-    assert line.endswith("shard 3 is gone; other samples stand in for its own")
+    assert line.endswith(": shard 3 is gone.")
     assert blocks.read(failing(clock, np.inf, [3, 4])) is None and len(blocks.news) == 1
 
 
@@ -116,7 +116,12 @@ OPTIONS = {"caption_encoder": encode_caption, "cond_length": 1, "global_batch_si
 
 def batches(codes: CodeShards | Mixture, count: int, **changes: object) -> list[CodeBatch]:
     data = codes if isinstance(codes, Mixture) else Mixture([codes])
-    return list(islice(CodeLoader(data, **OPTIONS | {"condition": "text", "retry_seconds": 0} | changes), count))  # type: ignore[arg-type]
+    return list(
+        islice(
+            CodeLoader(data, **OPTIONS | {"condition": "text", "lost": LostBlocks(len(data.block_sizes), 0)} | changes),
+            count,
+        )
+    )  # type: ignore[arg-type]
 
 
 def remove(codes: CodeShards, file: str) -> CodeShards:
@@ -170,6 +175,17 @@ def test_a_loss_is_told_with_the_first_batch_that_misses_something(make_codes: M
     found = batches(codes, 20)
     (line,) = next(batch.news for batch in found if batch.lost)
     assert "missing code shard" in line and sum(len(batch.news) for batch in found) == 1
+
+
+def test_what_is_known_to_be_lost_is_not_read(make_codes: MakeCodes) -> None:
+    codes = make_codes([[60, 40], [70, 30], [200]])
+    data, lost = Mixture([codes, make_codes([[50]], name="more")]), LostBlocks(6, RETRY)
+    lost.add(data.blocks_in({codes.folder / "000001.tar"}))
+    assert np.flatnonzero(lost.mask).tolist() == [2, 3] and len(data.blocks_in({})) == 0
+    found = batches(data, 20, lost=lost)
+    ids = np.concatenate([batch.sample_ids for batch in found])
+    assert not ((ids >= 100) & (ids < 200)).any() and sum(batch.lost for batch in found) > 0
+    assert not any(batch.news for batch in found)
 
 
 def test_a_rotten_row_costs_its_block_alone(make_codes: MakeCodes) -> None:

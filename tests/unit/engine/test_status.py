@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripts import load_script
 
 from megarq.engine.json_lines import EVENTS_FILE, METRICS_FILE
 from megarq.engine.status import duration, page, status
-from megarq.errors import DataError
+from megarq.errors import ConfigError, DataError
 
 START = 1_000_000.0
 
@@ -96,7 +97,40 @@ def test_deaths_are_starts_without_an_end_before(run):
     ]
     found = status(run(events, []), START + 61)
     assert (found.starts, found.deaths, found.step) == (4, 1, 7)
-    assert "restarts   3, 1 after a death" in page(found)
+    assert "restarts   3, 1 after a death or fault" in page(found)
+
+
+def test_ends_by_a_fault_count_as_deaths_and_those_that_a_person_mends_do_not(run):
+    events = [
+        started(),
+        event("failed", 5, 10, text="Connection closed by peer", fault=True),
+        started(4, 20),
+        event("failed", 7, 50, text="a full disk", fault=False),
+        started(7, 60),
+    ]
+    found = status(run(events, []), START + 61)
+    assert (found.starts, found.deaths) == (3, 1)
+
+
+def test_samples_that_were_lost_are_told(run):
+    lines = [line(1, 10, lost_in_epoch=0), line(2, 20, lost_in_epoch=1682)]
+    assert "lost       1,682 samples of this epoch" in page(status(run([started()], lines), START + 21))
+    assert "stand in" not in page(status(run([started()], lines[:1]), START + 21))
+
+
+def test_of_many_folders_those_that_are_no_run_are_named_beside_the_others(run, tmp_path):
+    tool, folder = load_script("tools/status.py"), run([started()], [line(1, 10)])
+    (tmp_path / "other").mkdir()
+    found, missing = tool.look([tmp_path / "other", folder])
+    assert [it.run for it in found] == [str(folder)] and missing[0].startswith(f"{tmp_path / 'other'} holds no events")
+    with pytest.raises(DataError, match="it is no run"):
+        tool.look([tmp_path / "other"])
+
+
+@pytest.mark.parametrize("seconds", ["nan", "-1", "0"])
+def test_watching_takes_seconds(seconds, tmp_path):
+    with pytest.raises(ConfigError, match=r"--watch .*: give seconds, above 0"):
+        load_script("tools/status.py").main([str(tmp_path), "--watch", seconds])
 
 
 def test_what_was_skipped_taken_back_and_warned_of(run):
@@ -118,7 +152,7 @@ def test_many_hosts_are_counted(run):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(DataError, match="give the --output folder of a training run"):
+    with pytest.raises(DataError, match="it is no run, or none that has begun. Give a run's --output"):
         status(tmp_path)
 
 

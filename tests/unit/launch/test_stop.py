@@ -58,3 +58,19 @@ def test_a_run_that_stopped_ends_with_status_75(capsys):
 
     assert cli.run(main) == stop.STOPPED == 75
     assert capsys.readouterr().out == "step 7: asked to stop; saved\n"
+
+
+def test_the_first_interrupt_is_noted_and_another_ends_the_process(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(stop.time, "monotonic", lambda: now[0])
+    before = signal.getsignal(signal.SIGINT)
+    with stop.interrupts_noted():
+        for _ in range(2):  # a launcher sends it on, at once
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.asked_to_stop() == "SIGINT"
+            now[0] += 0.1
+        now[0] += stop.AGAIN
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    stop._received.clear()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megarq.launch.watchdog import HANGS, HUNG, Report, Watchdog, judge, stands_in
+from megarq.launch.watchdog import BEFORE, HANGS, HUNG, Report, Watchdog, judge, stands_in
 
 
 def report(rank: int, marks: int = 10, collective: str | None = "all_reduce", step: int = 7) -> Report:
@@ -51,6 +51,33 @@ def test_while_marks_come_nothing_happens(tmp_path: Path):
             watchdog.mark(step, "work")
             time.sleep(0.05)
     assert not (tmp_path / HANGS).exists()
+
+
+def test_reports_of_the_last_hang_are_kept(tmp_path: Path):
+    for hang in range(3):
+        with Watchdog(tmp_path, 0, 1, 60, lambda *said: None):
+            kept = list((tmp_path / BEFORE).glob("*"))
+            assert [path.read_text() for path in kept] == ([f"hang {hang - 1}"] if hang else [])
+            assert not (tmp_path / HANGS).exists()
+        (tmp_path / HANGS).mkdir()
+        (tmp_path / HANGS / "rank-00000.txt").write_text(f"hang {hang}")
+    with Watchdog(tmp_path, 1, 2, 60, lambda *said: None):
+        assert (tmp_path / HANGS).exists()  # they are rank 0's to move
+
+
+def test_a_file_system_that_hangs_too_does_not_keep_the_process(tmp_path: Path):
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from megarq.launch import watchdog as module\n"
+        "module.GRACE = 0.1\n"
+        "Path.mkdir = lambda self, *args, **options: time.sleep(60)\n"
+        "with module.Watchdog(Path(sys.argv[1]), 0, 1, 0.2, print) as watchdog:\n"
+        "    watchdog.mark(4, 'work')\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-uc", code, tmp_path], capture_output=True, text=True, timeout=50)
+    assert done.returncode == HUNG and "rank 0: no progress for" in done.stderr
 
 
 def test_a_process_alone_is_ended_with_its_report(tmp_path: Path):
