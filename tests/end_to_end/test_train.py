@@ -17,7 +17,7 @@ STEPS, SAVED_EVERY, KILLED_AT = 24, 5, 13
 KEYS = {
     *("step", "loss", "image_loss", "caption_loss", "grad_norm", "lr", "images_per_second", "mfu", "memory_gib"),
     *("samples_seen", "epoch", "step_seconds", "data_seconds", "checkpoint_stall_seconds", "restarts", "time"),
-    "lost_samples",
+    *("lost_samples", "lost_in_epoch"),
 }
 BY_RANK = {f"ranks_{name}" for name in ("step_seconds", "data_seconds", "memory_gib", "probe_seconds")}
 """Of the steps that the console tells of, which are all of them here."""

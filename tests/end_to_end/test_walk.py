@@ -25,8 +25,8 @@ from tests.end_to_end.conftest import ASKED, CHANGES, SEED, Walk
 
 STEP_FIELDS = [
     *("step", "loss", "image_loss", "caption_loss", "grad_norm", "lr", "images_per_second", "mfu", "step_seconds"),
-    *("data_seconds", "memory_gib", "samples_seen", "epoch", "lost_samples", "checkpoint_stall_seconds", "restarts"),
-    "time",
+    *("data_seconds", "memory_gib", "samples_seen", "epoch", "lost_samples", "lost_in_epoch"),
+    *("checkpoint_stall_seconds", "restarts", "time"),
     *(f"ranks_{name}" for name in ("step_seconds", "data_seconds", "memory_gib", "probe_seconds")),
 ]
 
