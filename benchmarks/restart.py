@@ -14,13 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from device import timed
 
 from megarq import cli
 from megarq.checkpoint.format import Checkpoint, Fragment
@@ -107,7 +108,8 @@ def bandwidths(args: argparse.Namespace) -> dict[str, float]:
 
 def one_turn(run: Path, tensors: dict[str, tuple[Fragment, torch.Tensor]]) -> dict[str, float]:
     """Seconds to copy, write, verify and read all tensors through the code that runs use."""
-    copied = timed(lambda: {key: tensor.to("cpu", copy=True) for key, (_, tensor) in tensors.items()})
+    cpu = torch.device("cpu")
+    copied, _ = timed(lambda: {key: tensor.to("cpu", copy=True) for key, (_, tensor) in tensors.items()}, cpu)
     in_memory = {key: (place, tensor.to("cpu")) for key, (place, tensor) in tensors.items()}
     config = CheckpointConfig(asynchronous=False)
 
@@ -115,21 +117,14 @@ def one_turn(run: Path, tensors: dict[str, tuple[Fragment, torch.Tensor]]) -> di
         with CheckpointWriter(run, config, Topology(), 0, gather=lambda value: [value]) as writer:
             writer.save(1, in_memory, {"step": 1, "optimizer_step": 1})
 
-    written = timed(write)
+    written, _ = timed(write, cpu)
     (folder,) = (run / "checkpoints").glob("step-*")
     forget(folder)
-    verified = timed(lambda: Checkpoint.open(folder).verify())
+    verified, _ = timed(lambda: Checkpoint.open(folder).verify(), cpu)
     forget(folder)
     checkpoint = Checkpoint.open(folder)
-    read = timed(lambda: [checkpoint.tensor(name) for name in checkpoint.names()])
+    read, _ = timed(lambda: [checkpoint.tensor(name) for name in checkpoint.names()], cpu)
     return {"copy": copied, "write": written, "verify": verified, "read": read}
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Seconds that it takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def forget(folder: Path) -> None:

@@ -17,15 +17,13 @@ from megarq.errors import (
     MegarqError,
     PreflightError,
     Stopped,
-    StorageError,
+    is_fault,
 )
-from megarq.files import STORAGE_FAULTS
 from megarq.launch.environment import read_environment
 from megarq.launch.stop import STOPPED
 
 SECONDS_FOR_RANK_ZERO = 5
 SAME_ON_ALL_RANKS = (ConfigError, DivergenceError, FaultError, LostDataError, PreflightError)
-A_RESTART_MAY_HELP = (FaultError, StorageError)
 INTERRUPTED = "interrupted"
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 
@@ -46,12 +44,12 @@ def run(main: Callable[[], None]) -> int:
             print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
         else:
             time.sleep(SECONDS_FOR_RANK_ZERO)  # a launcher ends all ranks with the first, and rank 0 must have spoken
-        return 1 if isinstance(error, A_RESTART_MAY_HELP) else 2
+        return 1 if is_fault(error) else 2
     except OSError as error:
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}. Check the path, its rights and the disk.", file=sys.stderr)
-        return 1 if error.errno in STORAGE_FAULTS else 2
+        return 1 if is_fault(error) else 2
     except Stopped as stopped:
         if rank == 0:
             print(stopped)

@@ -1,5 +1,7 @@
 """The errors a user can meet. Each message says what, the value got, and what to do."""
 
+import errno
+
 
 class MegarqError(ValueError):
     """Base of every error that the user, not the programmer, can mend."""
@@ -38,9 +40,15 @@ class FaultError(MegarqError):
     may be all that it takes."""
 
 
-def is_fault(error: BaseException) -> bool:
-    """Whether a restart may help, as far as one can tell: it is no error that a person must mend."""
-    return isinstance(error, FaultError | StorageError) or not isinstance(error, MegarqError)
+STORAGE_FAULTS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN, errno.ENOTCONN)
+"""Errors of a file system that may be gone by the next attempt."""
+
+
+def is_fault(error: MegarqError | OSError) -> bool:
+    """Whether a restart may help, so that no person need mend anything first."""
+    if isinstance(error, OSError):
+        return error.errno in STORAGE_FAULTS
+    return isinstance(error, FaultError | StorageError)
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error

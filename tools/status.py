@@ -38,7 +38,7 @@ def look(runs: Sequence[Path]) -> tuple[list[Status], list[str]]:
         except DataError as error:
             if len(runs) == 1:
                 raise
-            missing.append(f"{error}")
+            missing.append(str(error))
     return found, missing
 
 

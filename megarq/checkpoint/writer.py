@@ -28,8 +28,8 @@ from torch import Tensor
 from megarq.checkpoint.format import METADATA, VERSION, Fragment, write_rank_file
 from megarq.checkpoint.run_folder import LATEST, checkpoints_folder, step_name
 from megarq.config.run import CheckpointConfig
-from megarq.errors import CheckpointError, FaultError, MegarqError
-from megarq.files import STORAGE_FAULTS, write_atomically
+from megarq.errors import CheckpointError, FaultError, MegarqError, is_fault
+from megarq.files import write_atomically
 from megarq.launch.gather import Gather
 from megarq.parallel.together import gather_objects, together
 from megarq.parallel.topology import Topology
@@ -223,7 +223,7 @@ class CheckpointWriter:
 
     def _failure(self, temporary: Path, error: Exception) -> MegarqError:
         """A fault of the storage, which a restart may find mended, or what a person must mend."""
-        if isinstance(error, FaultError) or (isinstance(error, OSError) and error.errno in STORAGE_FAULTS):
+        if isinstance(error, MegarqError | OSError) and is_fault(error):
             return FaultError(
                 f"{temporary} could not be written ({error}); the checkpoint before it is whole. Give the same command "
                 "again to go on from it, and look at that storage where this comes again."

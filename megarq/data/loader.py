@@ -41,7 +41,6 @@ from megarq.errors import DataError, StorageError
 
 logger = logging.getLogger(__name__)
 
-RETRY_SECONDS = 30.0
 MOST_STAND_INS = 32
 
 CaptionEncoder = Callable[[str, int | None], list[int]]
@@ -106,7 +105,7 @@ class SampleMaker:
         caption_encoder: CaptionEncoder | None,
         caption_dropout: float = 0.0,
         seed: int,
-        lost: LostBlocks,
+        lost: LostBlocks | None = None,
     ) -> None:
         """targets: "draws", "argmin" or "soft"; condition: "text", "class" or "none".
 
@@ -120,7 +119,7 @@ class SampleMaker:
         self._targets, self._condition = targets, condition
         self._cond_length, self._caption_encoder = cond_length, caption_encoder
         self._caption_dropout = caption_dropout
-        self._lost = lost
+        self._lost = lost or LostBlocks(len(data.block_sizes))
         for folder in data.folders:
             _check_targets(folder, targets)
             _check_condition(folder, condition, cond_length, caption_encoder)
@@ -330,7 +329,7 @@ class CodeLoader:
             caption_encoder=caption_encoder,
             caption_dropout=caption_dropout,
             seed=seed,
-            lost=lost or LostBlocks(len(data.block_sizes), RETRY_SECONDS),
+            lost=lost,
         )
         self._data, self._order = data, data.order(seed)
         self._code_shape = data.settings.code_shape
@@ -408,7 +407,7 @@ def validation_batches(
         cond_length=cond_length,
         caption_encoder=caption_encoder,
         seed=seed,
-        lost=lost or LostBlocks(len(data.block_sizes), RETRY_SECONDS),
+        lost=lost,
     )
     ends = np.cumsum(data.block_sizes)
 

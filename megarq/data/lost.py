@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+RETRY_SECONDS = 30.0
 FIRST_PAUSE = 0.5
 """Seconds; each pause is twice as long as the one before."""
 CALM = 10
@@ -32,7 +33,7 @@ CALM = 10
 class LostBlocks:
     """Which blocks are lost, found out by reading."""
 
-    def __init__(self, blocks: int, retry_seconds: float) -> None:
+    def __init__(self, blocks: int, retry_seconds: float = RETRY_SECONDS) -> None:
         """blocks: how many there are; retry_seconds: how long a file is waited for."""
         self.mask: npt.NDArray[np.bool_] = np.zeros(blocks, np.bool_)
         """[blocks] whether each is lost."""

@@ -4,7 +4,6 @@ A worker makes `000003.tar` only while it holds the lock on `.000003.tar.lock`. 
 process that dies, on whatever host, so that the next worker to come by makes the file again.
 """
 
-import errno
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from megarq.errors import DataError
-
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+from megarq.files import NO_LOCKS
 
 
 @contextmanager
@@ -29,7 +27,7 @@ def locked(folder: Path, file: str, wait: bool = False) -> Iterator[bool]:
         yield False
         return
     except OSError as error:
-        if error.errno in _NO_LOCKS:
+        if error.errno in NO_LOCKS:
             raise DataError(
                 f"{folder} lies on a file system without locks ({error}). Choose an --output "
                 "elsewhere, or mount it with locks (Lustre: -o flock)."

@@ -15,7 +15,7 @@ from torch import Tensor
 from megarq.engine.events import add_event, read_events
 from megarq.engine.json_lines import METRICS_FILE, json_lines
 from megarq.engine.pictures import save_png
-from megarq.errors import Stopped, is_fault
+from megarq.errors import MegarqError, Stopped, is_fault
 from megarq.files import write_atomically
 
 PICTURES = "pictures"
@@ -185,8 +185,9 @@ class MetricsLog:
     def failed(self, error: Exception) -> None:
         """The run ends by an error, after the last step that was written: close, as far as the disk lets us."""
         if not isinstance(error, Stopped):
+            fault = is_fault(error) if isinstance(error, MegarqError | OSError) else True
             with suppress(OSError):
-                self.event("failed", self._step, text=str(error), fault=is_fault(error))
+                self.event("failed", self._step, text=str(error), fault=fault)
         with suppress(OSError):
             self.close()
         self._active = False

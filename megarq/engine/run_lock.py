@@ -1,6 +1,5 @@
 """One job at a time trains into a run's folder."""
 
-import errno
 import fcntl
 import json
 import logging
@@ -10,11 +9,11 @@ import time
 from pathlib import Path
 
 from megarq.errors import FaultError
+from megarq.files import NO_LOCKS
 
 LOCK = ".lock"
 PATIENCE = 10.0
 """Seconds for a job before this one to end."""
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class RunLock:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
-                if error.errno in _NO_LOCKS:
+                if error.errno in NO_LOCKS:
                     logger.warning("%s: no locks there (%s); nobody sees if two jobs train into it.", self._path, error)
                     os.close(descriptor)
                     return

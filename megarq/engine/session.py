@@ -78,17 +78,11 @@ class Session:
         if preflight is not None:
             preflight.try_collectives(groups)
         lock = RunLock(run)
-
-        def lock_on_rank_zero() -> None:
-            if topology.rank == 0:
-                run.mkdir(parents=True, exist_ok=True)
-                lock.take()
-
-        together(lock_on_rank_zero)
-        checkpoint = newest_checkpoint(run, topology.rank, topology.world_size, gather_objects)
-        if checkpoint is not None:
-            _check_same_model(checkpoint, config, run)
-        session = cls(config, ds, run, groups, device, checkpoint, launcher, preflight, lock)
+        session = cls(config, ds, run, groups, device, None, launcher, preflight, lock)
+        session.keep_beside(lambda run: lock.take())
+        session.checkpoint = newest_checkpoint(run, topology.rank, topology.world_size, gather_objects)
+        if session.checkpoint is not None:
+            _check_same_model(session.checkpoint, config, run)
         session.keep_beside(lambda run: save_config(config, run / RESOLVED))
         return session
 

@@ -16,7 +16,6 @@ TIMEOUT = timedelta(hours=2)
 """Of a collective: more than the watchdog's patience in its slowest part, since it alone says who hangs."""
 MEETING = timedelta(minutes=30)
 """For all ranks to join."""
-"""How long a collective may wait for its slowest rank before the job fails."""
 
 
 def rank_device(environment: LaunchEnvironment) -> torch.device:

@@ -5,8 +5,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megarq.errors import FaultError, MegarqError
-from megarq.files import STORAGE_FAULTS
+from megarq.errors import FaultError, MegarqError, is_fault
 from megarq.launch.gather import Gather
 
 T = TypeVar("T")
@@ -37,16 +36,16 @@ def from_rank_zero(action: Callable[[], T]) -> T:
 def together(action: Callable[[], T], gather: Gather = gather_objects) -> list[T]:
     """Run `action` on every rank and return all results; where it fails on any rank, raise on all (collective).
 
-    The rank that failed raises its own MegarqError or OSError, the others a MegarqError that quotes it, or a FaultError
-    where it is one.
+    The rank that failed raises its own MegarqError or OSError, the others a MegarqError that quotes it, which is a
+    FaultError where a restart may help.
     """
     result: T | None = None
-    failure: Exception | None = None
+    failure: MegarqError | OSError | None = None
     try:
         result = action()
     except (MegarqError, OSError) as error:
         failure = error
-    fault = isinstance(failure, FaultError) or (isinstance(failure, OSError) and failure.errno in STORAGE_FAULTS)
+    fault = failure is not None and is_fault(failure)
     outcomes = gather((result, None if failure is None else str(failure), fault))
     if failure is not None:
         raise failure

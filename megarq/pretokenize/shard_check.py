@@ -286,7 +286,7 @@ class _BlockCheck:
             return None
         places = np.full(2, self._number), self._ends
         self._check_rows(
-            name, name, keys, lambda: self._view.read_codes(*places, draw).tobytes(), codes[self._ends].tobytes()
+            name, keys, lambda: self._view.read_codes(*places, draw).tobytes(), codes[self._ends].tobytes()
         )
         counts = self._found.drawn if draw else self._found.argmin
         for depth, size in enumerate(self._settings.codebook_sizes):
@@ -304,7 +304,7 @@ class _BlockCheck:
             return
         places = np.full(2, self._number), self._ends
         ends = latents[self._ends].tobytes()
-        self._check_rows("latents.npy", "latents.npy", keys, lambda: self._view.read_latents(*places).tobytes(), ends)
+        self._check_rows("latents.npy", keys, lambda: self._view.read_latents(*places).tobytes(), ends)
         finite = np.isfinite(latents).all((1, 2, 3))
         if not finite.all():
             row = int(finite.argmin())
@@ -324,16 +324,14 @@ class _BlockCheck:
             self._fault(Part.ARRAYS, f"samples.json is damaged ({error})")
             return []
         for section, entries in zip(SECTIONS, (keys, captions, labels), strict=True):
-            self._check_rows(
-                "samples.json", section, keys, partial(self._text_at_ends, section), [entries[0], entries[-1]]
-            )
+            self._check_rows(section, keys, partial(self._text_at_ends, section), [entries[0], entries[-1]])
         self._count_text(keys, captions, labels)
         return list(keys)
 
     def _text_at_ends(self, section: str) -> list[Any]:
         return [self._view.text_run(section, self._number, row, 1)[0] for row in self._ends.tolist()]
 
-    def _check_rows(self, name: str, part: str, keys: list[str], read: Callable[[], T], expected: T) -> None:
+    def _check_rows(self, part: str, keys: list[str], read: Callable[[], T], expected: T) -> None:
         """Hold all rows of a part against their checksums, and what the manifest's offsets give against the tar's."""
         try:
             different = np.flatnonzero(checksums_of(part, self._block.members, self._samples) != self._checksums[part])
@@ -352,7 +350,8 @@ class _BlockCheck:
         except ShardError:
             found = None
         if found != expected:
-            self._fault(Part.MEMBERS, f"the manifest's offset of {name} leads to other bytes")
+            member = "samples.json" if part in SECTIONS else part
+            self._fault(Part.MEMBERS, f"the manifest's offset of {member} leads to other bytes")
 
     def _count_text(self, keys: list[str], captions: list[list[str]], labels: list[int | None]) -> None:
         found = self._found

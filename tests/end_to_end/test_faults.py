@@ -133,7 +133,6 @@ def test_a_second_job_is_refused_while_one_trains_into_the_folder(training, run,
     job = training.start(run, "train.steps=100000")
     job.wait_until(lambda: last_step(run) > SAVED_EVERY)
     with monkeypatch.context() as patch:
-        patch.setattr(run_lock, "PATIENCE", 0.5)
         patch.setattr(run_lock.RunLock.take, "__defaults__", (0.5,))
         second = training.start(run)
     assert second.statuses() == [1] * RANKS, second.said
