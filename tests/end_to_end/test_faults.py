@@ -192,6 +192,8 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(training, undisturbe
     run, checkpoint = tmp_path / "disk" / "run", sum(file.stat().st_size for file in files)
     request.addfinalizer(lambda: subprocess.run(["umount", str(run.parent)], capture_output=True))
     with little_space(run.parent, round(4.5 * checkpoint)):
+        if not run.parent.is_mount():
+            pytest.skip("a disk that fills up is needed, which root alone may mount")
         job = training.start(run)
         job.wait_until(lambda: last_step(run) >= 2 * SAVED_EVERY)
         first, _ = job.statuses()

@@ -136,6 +136,15 @@ def test_torchrun_hands_the_signal_to_its_ranks(slurm, train, tmp_path):
     assert last_step(run) == STEPS
 
 
+def test_nodes_are_checked_before_a_long_run(site):
+    run, data = site.folder / "checked", site.folder / "codes"
+    job = site.submit("preflight", "--nodes=2", "--", "--output", run, "--data", data)
+    assert site.ended(job) == "FAILED" and f"--data {data}: not there on any rank" in site.printed(job)
+    job = site.submit("preflight", "--nodes=2", "--", "--output", run, "--data", site.file)
+    assert site.ended(job) == "COMPLETED", site.printed(job)
+    assert "preflight: 4 ranks on 1 host" in site.printed(job) and "all_reduce" in site.printed(job)
+
+
 def test_an_error_that_a_person_must_mend_is_not_tried_again(site, train):
     job = site.submit("train", "--nodes=2", "--", *train, "--output", site.folder / "refused", "train.lr=-1")
     assert site.ended(job) == "FAILED" and site.restarts(job) == 0
