@@ -137,7 +137,7 @@ def test_torchrun_hands_the_signal_to_its_ranks(slurm, train, tmp_path):
 
 
 def test_nodes_are_checked_before_a_long_run(site):
-    run, data = site.folder / "checked", site.folder / "codes"
+    run, data = site.folder / "checked", site.folder / "data-nobody-wrote"
     job = site.submit("preflight", "--nodes=2", "--", "--output", run, "--data", data)
     assert site.ended(job) == "FAILED" and f"--data {data}: not there on any rank" in site.printed(job)
     job = site.submit("preflight", "--nodes=2", "--", "--output", run, "--data", site.file)
