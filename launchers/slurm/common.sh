@@ -4,6 +4,7 @@
 #     rank that ended first   0    the job is done
 #                             2    a person must mend something: the job fails
 #                             75   asked to stop, all saved: the job is queued again
+#                             143  ended by SIGTERM, as commands are that save all the time: the same
 #                             else a fault: queued again, MAX_DEATHS times at most without progress between them
 
 cd "${MEGARQ_ROOT:-$SLURM_SUBMIT_DIR}" || exit 2
@@ -89,7 +90,7 @@ supervise() {
     elif ((status == 2)); then
         say "ended with status 2: see the message above, and mend it before this is started again"
         exit 2
-    elif ((status == 75)) || [[ $asked ]]; then
+    elif ((status == 75 || status == 143)) || [[ $asked ]]; then
         say "stopped as asked"
     else
         count_death "$(progress "$output")" "$status"

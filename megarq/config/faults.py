@@ -11,8 +11,8 @@ class FaultConfig:
 
     hang_seconds: float = 600
     """Seconds without progress in a step after which a rank ends itself, and the rank that hangs is named; ten times
-    that in the first step, in validations, pictures and checkpoints. 0: never, but that collectives give up after two
-    hours."""
+    that before and in the first step, in validations, pictures and checkpoints. 0: never, but that collectives give up
+    after two hours."""
     skipped_steps: int = 3
     """Steps in a row whose loss or gradient is not finite, which are skipped, before the run goes back to its last
     checkpoint; the samples since then are not seen again. An RQ-VAE, whose codebook such a step spoils, goes back at

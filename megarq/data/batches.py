@@ -1,6 +1,8 @@
 """Batches, or parts of them, by number, made in this process or by workers, and always handed over in order."""
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import TypeVar
@@ -37,8 +39,20 @@ class _Numbers(Sampler[int]):
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Launchers signal a rank's whole process group, and the rank still needs its workers to finish a step and save."""
-    os.setpgrp()
+    """SLURM and launchers signal all processes of a rank, which still needs its workers to finish a step and save.
+
+    SIGTERM from the parent itself ends the worker. Processes that it starts, `pipe:` ones, ignore the signals too.
+    """
+    left = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, left)
+
+    def follow() -> None:
+        while True:
+            received = signal.sigwaitinfo(left)
+            if received.si_pid == os.getppid() and received.si_signo == signal.SIGTERM:
+                os._exit(0)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _unchanged(batch: Batch) -> Batch:

@@ -33,7 +33,7 @@ from megarq.engine.schedule import learning_rate
 from megarq.engine.state import EngineState
 from megarq.errors import DivergenceError, FaultError, Stopped
 from megarq.launch.stop import asked_to_stop
-from megarq.launch.watchdog import Watchdog
+from megarq.launch.watchdog import SLOWER, Watchdog
 from megarq.parallel.initialization import derived_seed
 from megarq.parallel.together import gather_objects
 from megarq.parallel.topology import ProcessGroups
@@ -100,10 +100,6 @@ class RunPlan:
     peak_tflops: float | None
 
 
-_SLOWER = 10
-"""Times the patience for a step that others than steps have, and the first step."""
-
-
 class Trainer:
     """Runs a task from its first or last checkpointed step to the end of the plan."""
 
@@ -128,7 +124,7 @@ class Trainer:
         self._ranks = Ranks(plan.faults, device)
         self._replicas = Replicas(state, groups)
         self._times_back, self._stall = 0, 0.0
-        self._slow_mark = _SLOWER
+        self._slow_mark = SLOWER
 
     def fit(self, batches: Iterable[Batch]) -> None:
         """Train until the plan's last step; every rank calls this together.
@@ -172,7 +168,7 @@ class Trainer:
                 self.log.event("stopped", self.step, reason="asked to")
                 raise Stopped(f"step {self.step}: asked to stop; saved, the same command goes on from here")
             self._slow_mark = 1
-        self._mark("saving", _SLOWER)
+        self._mark("saving", SLOWER)
         self.writer.finish()
         self.log.event("finished", self.step)
 
@@ -254,7 +250,7 @@ class Trainer:
         every = self.plan.faults.replicas_every
         if not every or not (saving or self.step % every == 0):
             return False
-        self._mark("comparing ranks", _SLOWER)
+        self._mark("comparing ranks", SLOWER)
         start = time.monotonic()
         differing = self._replicas.differing()
         if saving:
@@ -281,7 +277,7 @@ class Trainer:
 
         Raises DivergenceError where there is none, or this was done too often since it.
         """
-        self._mark("going back", _SLOWER)
+        self._mark("going back", SLOWER)
         self.writer.finish()
         topology, limit = self.groups.topology, self.plan.faults.rollbacks
         checkpoint = newest_checkpoint(self.plan.run, topology.rank, topology.world_size, gather_objects)
@@ -303,7 +299,7 @@ class Trainer:
         self._speed.skip()
 
     def _validate(self) -> None:
-        self._mark("validation", _SLOWER)
+        self._mark("validation", SLOWER)
         self.engine.eval()
         with torch.no_grad():
             values = self.task.validate()
@@ -313,7 +309,7 @@ class Trainer:
         self._speed.skip()
 
     def _show(self) -> None:
-        self._mark("pictures", _SLOWER)
+        self._mark("pictures", SLOWER)
         self.engine.eval()
         with torch.no_grad():
             shown = self.task.pictures()
@@ -322,7 +318,7 @@ class Trainer:
         self._speed.skip()
 
     def _save(self, batch: Batch, good: bool) -> None:
-        self._mark("saving", _SLOWER)
+        self._mark("saving", SLOWER)
         metadata = {
             **self.plan.metadata,
             **self.state.metadata(),

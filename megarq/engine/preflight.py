@@ -13,7 +13,7 @@ start on other nodes may be all that it takes. It is a `failed` event of a run t
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median_low
@@ -39,7 +39,6 @@ from megarq.launch.fitness import (
     read_clocks,
 )
 from megarq.launch.gather import Gather
-from megarq.launch.watchdog import Watchdog
 from megarq.parallel.measure import (
     all_reduce_seconds,
     bus_bandwidth,
@@ -84,12 +83,12 @@ class Preflight:
             device: where it will train.
             run: the run's folder; None where there is no run.
             configuration: dotted keys and values that must be the same on all ranks.
-            faults: when a rank is slow, and when collectives that hang are ended, which takes a run's folder.
+            faults: when a rank is slow.
             refusal: what this rank, perhaps alone, found wrong with its machine before; raised when the ranks have met.
         """
         self._config, self._rank, self._device, self._run = config, rank, device, run
         self._configuration, self._refusal = configuration, refusal
-        self._hang_seconds, self._slow_factor = faults.hang_seconds if run else 0, faults.slow_factor
+        self._slow_factor = faults.slow_factor
         self.hosts: list[str] = []
         """Of all ranks, once they have met."""
         self._seconds = 0.0
@@ -131,17 +130,16 @@ class Preflight:
                 f"{self._config.max_clock_skew_seconds:g}: times in its logs and files mislead; look at its NTP"
             )
 
-    def try_collectives(self, groups: ProcessGroups) -> None:
-        """Sums over all groups, the bandwidth over all ranks, and each rank's own speed."""
+    def try_collectives(self, groups: ProcessGroups, mark: Callable[[str], object] = lambda doing: None) -> None:
+        """Sums over all groups, the bandwidth over all ranks, and each rank's own speed, each marked when it begins."""
         if len(self.hosts) == 1:
             return
-        watchdog = Watchdog(self._run or Path(), self._rank, len(self.hosts), self._hang_seconds, self._hung)
-        with self._checking(), watchdog:
-            watchdog.mark(0, "preflight: all_reduce")
+        with self._checking():
+            mark("preflight: all_reduce")
             self._check_sums(groups)
-            watchdog.mark(0, "preflight: bandwidth")
+            mark("preflight: bandwidth")
             self._check_bandwidth()
-            watchdog.mark(0, "preflight: each rank's own work")
+            mark("preflight: each rank's own work")
             self._find_slow()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -272,10 +270,6 @@ class Preflight:
         if self._rank == 0 and self._run is not None and os.access(self._run, os.W_OK):
             step = max((event["step"] for event in read_events(self._run)), default=0)
             add_event(self._run, "failed", step, text=text)
-
-    def _hung(self, step: int, verdict: str) -> None:
-        assert self._run is not None, "it watches only where there is a run"
-        add_event(self._run, "failed", step, text=verdict)
 
 
 def _count(number: int, noun: str) -> str:

@@ -4,7 +4,8 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from megarq.config.run import RQTransformerRunConfig, RQVAERunConfig
 from megarq.config.schema import flat
 from megarq.data.order import LoaderState
 from megarq.engine.build import build_engine, take_monitor
-from megarq.engine.events import add_event
 from megarq.engine.kernels import choose_kernels
 from megarq.engine.loop import Batch, RunPlan, Task, Trainer
 from megarq.engine.metrics import MetricsLog, peak_tflops
@@ -31,7 +31,7 @@ from megarq.engine.state import Beside, EngineState
 from megarq.errors import ConfigError
 from megarq.files import file_sha256, write_atomically
 from megarq.launch.stop import interrupts_noted
-from megarq.launch.watchdog import Watchdog
+from megarq.launch.watchdog import SLOWER, Watchdog
 from megarq.parallel.together import gather_objects, together
 from megarq.parallel.topology import ProcessGroups, Topology
 
@@ -56,6 +56,8 @@ class Session:
     """Checks before the first step, begun; None for none."""
     lock: RunLock | None = None
     """Rank 0's on the run's folder."""
+    watchdog: Watchdog = field(default_factory=Watchdog.none)
+    """Of this process, at work."""
 
     @classmethod
     def open(
@@ -67,18 +69,21 @@ class Session:
         device: torch.device,
         launcher: str = "none",
         preflight: Preflight | None = None,
+        watchdog: Watchdog | None = None,
     ) -> "Session":
         """Create the groups and the run's folder, or find the checkpoint to go on from; every rank calls this.
 
-        `preflight` has met the ranks; it goes on with their groups.
+        `preflight` has met the ranks; it goes on with their groups. `watchdog` is at work, and is told of all steps.
 
         Raises ConfigError where the folder holds a run of another model, CheckpointError where no checkpoint is whole.
         """
         groups = ProcessGroups.build(topology, config.parallel.sequence)
+        watchdog = watchdog or Watchdog.none()
         if preflight is not None:
-            preflight.try_collectives(groups)
+            preflight.try_collectives(groups, partial(watchdog.mark, 0))
         lock = RunLock(run)
-        session = cls(config, ds, run, groups, device, None, launcher, preflight, lock)
+        session = cls(config, ds, run, groups, device, None, launcher, preflight, lock, watchdog)
+        session.prepare("the run's folder")
         session.keep_beside(lambda run: lock.take())
         session.checkpoint = newest_checkpoint(run, topology.rank, topology.world_size, gather_objects)
         if session.checkpoint is not None:
@@ -90,6 +95,15 @@ class Session:
     def start(self) -> LoaderState:
         """Where the data go on."""
         return LoaderState(**self.checkpoint.metadata["loader"]) if self.checkpoint else LoaderState()
+
+    @property
+    def step(self) -> int:
+        """The step that the run goes on from."""
+        return self.checkpoint.metadata["step"] if self.checkpoint else 0
+
+    def prepare(self, what: str) -> None:
+        """Let the watchdog know what comes next before the first step."""
+        self.watchdog.mark(self.step, f"preparing {what}", SLOWER)
 
     @property
     def products(self) -> str:
@@ -109,6 +123,7 @@ class Session:
 
     def see(self, *paths: str | Path | None, contents: bool) -> None:
         """What the command line names, None left out, is the same for all ranks, or there for none (collective)."""
+        self.prepare("the data")
         if self.preflight is not None:
             self.preflight.see([Path(path) for path in paths if path is not None], contents)
 
@@ -144,12 +159,13 @@ class Session:
         """
         config, topology = self.config, self.groups.topology
         steps, warmup = run_length(config.train, samples_per_epoch)
+        self.prepare("the engine")
         engine = build_engine(module, config.train, self.ds, self.groups, decayed, self.device)
         state = EngineState(engine, self.groups, config.train.ema_decay, beside)
-        step = 0
+        step = self.step
         if self.checkpoint is not None:
+            self.prepare(f"to go on from {self.checkpoint.folder.name}")
             state.load(self.checkpoint)
-            step = self.checkpoint.metadata["step"]
         plan = RunPlan(
             run=self.run,
             train=config.train,
@@ -173,16 +189,13 @@ class Session:
             self.preflight.tell(log, step)
         for line in (self._opening(plan, step), self._means(plan), *notes):
             log.say(line)
+        if warmup > steps:
+            log.warn(step, f"the warm-up takes {warmup} steps, the whole run {steps}: train.lr is never reached")
         for change in self._changes():
             log.say(f"changed since the checkpoint: {change}")
         try:
-            with (
-                Watchdog(
-                    self.run, topology.rank, topology.world_size, config.faults.hang_seconds, self._hung
-                ) as watchdog,
-                CheckpointWriter(self.run, config.checkpoint, topology, step, log.say, log.saved) as writer,
-            ):
-                task = make_task(engine)
+            with CheckpointWriter(self.run, config.checkpoint, topology, step, log.say, log.saved) as writer:
+                task, watchdog = make_task(engine), self.watchdog
                 trainer = Trainer(plan, engine, state, task, self.groups, self.device, log, writer, watchdog, step)
                 with interrupts_noted():
                     trainer.fit(batches)
@@ -194,9 +207,6 @@ class Session:
             if self.lock is not None:
                 self.lock.release()
             engine.destroy()
-
-    def _hung(self, step: int, verdict: str) -> None:
-        add_event(self.run, "failed", step, text=verdict, fault=True)
 
     def _changes(self) -> list[str]:
         """Keys whose values differ from those that the checkpoint was saved with."""

@@ -12,12 +12,14 @@ from megarq.config.layout import check_layout
 from megarq.config.names import CONFIGS, resolve_name
 from megarq.config.run import RQTransformerRunConfig, RQVAERunConfig
 from megarq.config.schema import flat
+from megarq.engine.events import add_event
 from megarq.engine.kernels import choose_kernels
 from megarq.engine.preflight import Preflight
 from megarq.engine.session import Session
 from megarq.errors import ConfigError
 from megarq.launch.environment import read_environment
 from megarq.launch.process_group import joined, rank_device
+from megarq.launch.watchdog import Watchdog
 from megarq.parallel.topology import Topology
 
 
@@ -53,8 +55,13 @@ def joined_session(
     if config.preflight.enabled:
         facts = flat({"ds_config": ds, "--output": str(Path(run).absolute()), **asdict(config)})
         preflight = Preflight(config.preflight, environment.rank, device, Path(run), facts, config.faults, refusal)
-    with joined(environment, device, preflight.meet if preflight else lambda gather: None):
-        yield Session.open(config, ds, topology, Path(run), device, environment.launcher, preflight)
+
+    def hung(step: int, verdict: str) -> None:
+        add_event(Path(run), "failed", step, text=verdict, fault=True)
+
+    watchdog = Watchdog(Path(run), topology.rank, topology.world_size, config.faults.hang_seconds, hung)
+    with joined(environment, device, preflight.meet if preflight else lambda gather: None), watchdog:
+        yield Session.open(config, ds, topology, Path(run), device, environment.launcher, preflight, watchdog)
 
 
 def resolve_and_place(

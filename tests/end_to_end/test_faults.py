@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -15,8 +16,9 @@ import pytest
 from followed_runs import events, expect_same_run, last_step
 from little_space import little_space
 
+from megarq.checkpoint.format import Checkpoint
 from megarq.checkpoint.run_folder import checkpoint_at, newest_checkpoint
-from megarq.engine import run_lock
+from megarq.engine import run_lock, session
 from megarq.engine.loop import Trainer
 from megarq.engine.transformer_task import TransformerTask
 from megarq.launch.stop import STOPPED
@@ -127,6 +129,33 @@ def test_a_rank_that_hangs_is_named_with_step_and_collective_and_the_job_ends(
     training.finish(run)
     expect_same_run(run, undisturbed)
     assert (run / "hangs.before" / f"rank-{rank:05d}.txt").read_text() == stacks
+
+
+def hanging_read(rank: int) -> Callable[..., Any]:
+    """Checkpoint.read, which on one rank never comes to an end."""
+    read = Checkpoint.read
+
+    def endless(self: Checkpoint, *args: Any) -> Any:
+        while os.environ["RANK"] == str(rank):
+            time.sleep(0.01)
+        return read(self, *args)
+
+    return endless
+
+
+def test_a_rank_that_hangs_before_the_first_step_is_named_too(training, undisturbed, run, monkeypatch):
+    shutil.copytree(undisturbed, run)
+    more = f"train.steps={STEPS + 1}"
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "read", hanging_read(1))
+        patch.setattr(session, "SLOWER", 5)
+        job = training.start(run, more, f"faults.hang_seconds={HANG_SECONDS}")
+    assert job.statuses() == [HUNG] * RANKS, job.said
+    (failed,) = events(run, "failed")
+    where = f"step {STEPS}, preparing to go on from {checkpoint_at(run).folder.name}"
+    assert failed["text"].startswith("HANG: rank 1 (") and failed["text"].count(where) == 2, failed
+    training.finish(run, more)
+    assert last_step(run) == STEPS + 1
 
 
 def test_a_second_job_is_refused_while_one_trains_into_the_folder(training, run, monkeypatch):

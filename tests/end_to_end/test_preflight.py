@@ -70,6 +70,8 @@ def test_every_start_of_a_run_is_preceded_by_its_checks(options, run):
     assert (two["step"], two["ranks"], one["step"], one["ranks"]) == (0, 2, 2, 1)
     assert two["files_read"] >= 2 and two["checkpoint_bytes"] == one["checkpoint_bytes"]
     assert not list(run.glob(".preflight*"))
+    told = "WARNING: the warm-up takes 3 steps, the whole run 2: train.lr is never reached."
+    assert told in first.printed and "warm-up" not in again.printed
 
 
 def test_a_rank_with_another_configuration_ends_all_with_one_message(options, run, monkeypatch):

@@ -48,7 +48,10 @@ KillWait=5
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 MailProg=/bin/true
 {nodes}
-PartitionName=main Nodes=ALL Default=YES State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL State=UP PriorityTier=2
 """
 
 

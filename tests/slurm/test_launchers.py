@@ -124,6 +124,19 @@ def environ_of(process: Path) -> list[bytes]:
     return (process / "environ").read_bytes().split(b"\0")
 
 
+def test_a_job_whose_nodes_another_takes_saves_and_comes_back_after_it(site, train, undisturbed):
+    run = site.folder / "preempted"
+    job = site.submit("train", "--nodes=2", "--", *train, "--output", run, "checkpoint.every=1000")
+    site.wait_until(lambda: last_step(run) > 2, job)
+    urgent = site.slurm.sbatch("squeue --noheader --format=%i:%T", "--partition=urgent", "--nodes=2", "--exclusive")
+    assert f"{job}:" in urgent[""] and f"{job}:RUNNING" not in urgent[""]
+    assert site.ended(job) == "COMPLETED" and site.restarts(job) == 1, site.printed(job)
+    (stopped,) = events(run, "stopped")
+    assert [event["step"] for event in events(run, "started")] == [0, stopped["step"]]
+    assert "stopped as asked" in site.printed(job)
+    expect_same_run(run, undisturbed)
+
+
 def test_torchrun_hands_the_signal_to_its_ranks(slurm, train, tmp_path):
     site, run = Site(slurm, tmp_path, ranks_per_node=1), tmp_path / "run"
     job = site.submit("train_torchrun", "--nodes=2", "--", "megarq/train.py", *train, "--output", run)
