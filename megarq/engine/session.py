@@ -200,6 +200,7 @@ class Session:
                 with interrupts_noted():
                     trainer.fit(batches)
         except Exception as error:
+            self.watchdog.close()  # of a hang, what the end of another rank does to this one is not worth telling
             log.failed(error)
             raise
         finally:

@@ -94,6 +94,10 @@ class Watchdog:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Watch no more; where it is ending the process already, this never returns."""
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join()

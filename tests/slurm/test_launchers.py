@@ -124,6 +124,7 @@ def environ_of(process: Path) -> list[bytes]:
     return (process / "environ").read_bytes().split(b"\0")
 
 
+@pytest.mark.full
 def test_a_job_whose_nodes_another_takes_saves_and_comes_back_after_it(site, train, undisturbed):
     run = site.folder / "preempted"
     job = site.submit("train", "--nodes=2", "--", *train, "--output", run, "checkpoint.every=1000")
