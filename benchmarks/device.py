@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 
 from megarq.engine.metrics import peak_tflops
+from megarq.errors import TooLittleMemoryError
 from megarq.inference.export import DTYPES
 from megarq.inference.frozen import fastest_form
+from megarq.inference.memory import out_of_memory
 from megarq.planning.estimate import GIB
 
 MEMORY_GB_S = {
@@ -66,22 +68,13 @@ def within_memory(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What a measurement gives, or that memory did not suffice; nothing of it stays there."""
     try:
         return run()
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, TooLittleMemoryError) as error:
         if not out_of_memory(error):
             raise
     finally:
         gc.collect()
         torch.cuda.empty_cache()
     return {"error": OUT_OF_MEMORY}
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory is behind an error; where a CUDA graph is captured, another is raised on top."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 class Speed(NamedTuple):

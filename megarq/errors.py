@@ -11,6 +11,10 @@ class ConfigError(MegarqError):
     """A configuration, an option or a combination of them that cannot be run."""
 
 
+class TooLittleMemoryError(ConfigError):
+    """More is asked for at once than the device's memory holds."""
+
+
 class DataError(MegarqError):
     """Images, captions, code shards or tokenizers that are missing, damaged or do not fit each other."""
 

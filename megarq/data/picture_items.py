@@ -103,10 +103,14 @@ def caption_items(given: Sequence[str], count: int | None = None) -> list[Item]:
 def prompt_items(path: Path) -> list[Item]:
     """The captions of a text file, one a line; an item's id is its line, counted from 1. Blank lines are left out.
 
-    Raises: DataError for a file that cannot be read or holds no caption, or one of more characters than LONGEST_PROMPT.
+    Raises: DataError for a file that cannot be read or holds no caption, lines that carriage returns alone
+    end, or one of more characters than LONGEST_PROMPT.
     """
     lines = _lines(path)
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    for number, line in numbered:
+        if "\r" in line:
+            raise DataError(f"{path} line {number} holds carriage returns. End lines with a line feed, a caption each.")
     items = [Item(_text(line, f"{path} line {number}"), id=number) for number, line in numbered]
     for item in items:
         if item.prompt is not None and len(item.prompt) > LONGEST_PROMPT:

@@ -5,7 +5,7 @@
                            "sampling": {"top_k": 1024, "top_p": 0.95, "temperature": 1.0, "guidance": 1.0},
                            "batch_size": 64, "dtype": "fp32", "threads": 0,
                            "model": {"fingerprint": sha256, "name": "t2i", "weights": "ema", "step": 200000},
-                           "items": sha256, "keep_fraction": 1.0, "ranker": null, "resolution": 256,
+                           "items": sha256, "keep_fraction": 1.0, "ranker": null, "resolution": 256, "tp": 1,
                            "complete": true}                          only once all tars are there
     SET/000000.tar ..     00000017.png  00000017.json {"index": 17, "prompt": "a red bus", "id": 179765}  ...
     SET/000017.png  SET/000017.json ..                                 instead of tars, where pictures_per_tar is null
@@ -87,6 +87,8 @@ class PictureSettings:
     """network and sha256 (of its weights) of what ranked the candidates."""
     resolution: int
     """Height and width of the pictures."""
+    tp: int = 1
+    """Ranks that share the model, whose sums round differently; older sets do not tell: 1."""
 
     def save(self, folder: Path, complete: bool) -> None:
         """Write pictures.json, atomically."""
@@ -114,7 +116,8 @@ class PictureSettings:
                 f"version {VERSION}. Make the set again."
             )
         try:
-            fields = {name: content[name] for name in cls.__dataclass_fields__}
+            fields = {name: content[name] for name in cls.__dataclass_fields__ if name != "tp"}
+            fields["tp"] = content.get("tp", 1)
             fields["sampling"] = {"guidance": 1.0} | fields["sampling"]
             return cls(**fields), bool(content["complete"])
         except KeyError as error:
@@ -144,7 +147,7 @@ class PictureSet:
     def __init__(self, folder: Path, settings: PictureSettings, places: Sequence[range]) -> None:
         """Claim the folder by writing pictures.json, unless an earlier run or another worker did.
 
-        Raises: DataError where it was begun with other settings or holds other tars, or cannot be written.
+        Raises: DataError where it was begun with other settings or holds other files, or cannot be written.
         """
         self.folder, self.settings, self.places = folder, settings, places
         self.files = self._names()
@@ -161,7 +164,7 @@ class PictureSet:
                 if complete and len(self.done()) < len(self.files):  # somebody removed tars
                     found.save(folder, complete=False)
                 return
-            foreign = sorted(path.name for path in folder.glob(f"*.{self.extension}"))
+            foreign = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
             if foreign:
                 raise DataError(f"{folder} holds {foreign[0]}, but no {PICTURES}: give --output a folder of its own.")
             settings.save(folder, complete=False)
@@ -271,10 +274,10 @@ def _check_settings(folder: Path, found: PictureSettings, wanted: PictureSetting
     there, now = _flat(found), _flat(wanted)
     for name in there | now:
         if there.get(name) != now.get(name) and name != "model.name":  # a model may be moved and renamed
-            raise DataError(
-                f"{folder} was begun with {name}={there.get(name)}, this command has {name}={now.get(name)}. "
-                "Repeat the first command, or give another --output."
-            )
+            differ = f"{name}={there.get(name)}, this command has {name}={now.get(name)}"
+            if name == "items":
+                differ = "other prompts or classes than this command has"
+            raise DataError(f"{folder} was begun with {differ}. Repeat the first command, or give another --output.")
 
 
 def _flat(settings: PictureSettings) -> dict[str, Any]:

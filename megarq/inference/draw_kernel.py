@@ -14,7 +14,7 @@ from torch import Tensor
 
 def draw(logits: Tensor, uniform: Tensor, top_k: int, top_p: float, temperature: float) -> Tensor:
     """Codes [B] for logits [B, K] and fp64 numbers [B] in [0, 1), which stand on the cumulated distribution."""
-    logits = logits.contiguous()
+    logits, uniform = logits.contiguous(), uniform.contiguous()
     rows, classes = logits.shape
     codes = torch.empty(rows, dtype=torch.int64, device=logits.device)
     block = triton.next_power_of_2(classes)

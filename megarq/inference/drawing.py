@@ -37,6 +37,8 @@ from megarq.inference.settings import check_guidance, check_seed, depth_settings
 Rank = Callable[[Sequence[Image.Image], Sequence[Item]], Sequence[float]]
 """From pictures and what each is to show to scores; the higher, the better."""
 PICTURES_PER_TAR = 512
+_BETWEEN_LISTINGS = 20
+"""Times what a listing of the folder takes, between two of them."""
 TAKE = 2**32
 """Between the indices of an item's takes: more than a set has items."""
 
@@ -53,6 +55,7 @@ def drawing_settings(
     threads: int,
     pictures_per_tar: int | None = PICTURES_PER_TAR,
     keep_fraction: float = 1.0,
+    tp: int = 1,
 ) -> PictureSettings:
     """What the pictures of these items will be; the ranker, which costs more to make, is still to be told.
 
@@ -88,6 +91,7 @@ def drawing_settings(
         keep_fraction=keep_fraction,
         ranker=None,
         resolution=info.rqvae.resolution,
+        tp=tp,
     )
 
 
@@ -264,16 +268,17 @@ class _Bar:
     def __init__(self, pictures: PictureSet, costs: Sequence[int], quiet: bool) -> None:
         """costs: candidates of each tar."""
         self._pictures, self._costs = pictures, costs
+        self._interval = 0.5 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(
             total=sum(costs),
             initial=self._done(),
             unit="image",
             desc="drawing",
             smoothing=0,  # the tars of other workers come in leaps
-            mininterval=0.5 if sys.stderr.isatty() else 30,
+            mininterval=self._interval,
             disable=quiet,
         )
-        self._shown = time.monotonic()
+        self._next = time.monotonic() + self._interval
 
     def __enter__(self) -> "_Bar":
         return self
@@ -285,12 +290,14 @@ class _Bar:
 
     def show(self, here: int) -> None:
         """Show where things stand, with `here` candidates drawn of the tar at work; lists the folder now and then."""
-        if not self._bar.disable and time.monotonic() - self._shown >= self._bar.mininterval:
+        if not self._bar.disable and time.monotonic() >= self._next:
             self._update(here)
 
     def _update(self, here: int) -> None:
-        self._shown = time.monotonic()
+        start = time.monotonic()
         self._bar.update(self._done() + here - self._bar.n)
+        end = time.monotonic()
+        self._next = end + max(self._interval, _BETWEEN_LISTINGS * (end - start))
 
     def _done(self) -> int:
         return sum(self._costs[index] for index in self._pictures.done())

@@ -160,6 +160,7 @@ def draw_items(args: argparse.Namespace, info: ModelInfo, items: Sequence[Item],
         threads=threads,
         pictures_per_tar=args.pictures_per_tar,
         keep_fraction=args.keep_fraction,
+        tp=args.tp,
     )
     places = lay_out(items, settings)
     rank = None

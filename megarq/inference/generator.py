@@ -22,6 +22,7 @@ from megarq.config.run import SamplingConfig
 from megarq.data.picture_set import LONGEST_PROMPT, MOST_PICTURES
 from megarq.errors import ConfigError
 from megarq.inference.frozen import Form, Int8Weight, fastest_form
+from megarq.inference.memory import memory_for
 from megarq.inference.pretrained import Pretrained, find_device, load_pretrained
 from megarq.inference.sampling import CodeSampler, Guidance, Progress, check_condition, check_indices
 from megarq.inference.settings import Counts, DepthSettings, Shares, check_guidance, check_seed, depth_settings
@@ -41,7 +42,8 @@ class ImageGenerator:
     """An RQ-Transformer with its RQ-VAE and tokenizer, ready to be asked for pictures."""
 
     def __init__(self, model: Pretrained, batch_size: int = BATCH, facts: Mapping[str, Any] | None = None) -> None:
-        """`batch_size` bounds the pictures drawn at once, and so the memory; it does not change them.
+        """`batch_size` bounds the pictures drawn at once, and so the memory; it does not change them, as far as the
+        device's products do not depend on it (those of int8 on a CPU do).
 
         `facts` say where the model is from.
         """
@@ -132,9 +134,11 @@ class ImageGenerator:
 
         Raises:
             ConfigError: what the model cannot be asked for, or a setting out of range.
+            TooLittleMemoryError: a batch does not fit the device.
         """
         number = _whole("count", count, least=1)
-        for prompt in [prompts] if isinstance(prompts, str) else prompts or ():
+        prompts = None if prompts is None else _captions(prompts)
+        for prompt in prompts or ():
             check_length(prompt)
         cond = self.conditions(prompts, classes)
         if number * len(cond) > MOST_PICTURES:
@@ -148,7 +152,8 @@ class ImageGenerator:
 
     def decode(self, codes: Tensor, depth: int | None = None) -> list[Image.Image]:
         """The pictures of codes [B, H, W, D], from their first `depth` depths (all by default)."""
-        return [picture for part in codes.split(DECODED) for picture in to_pictures(self.rqvae.decode(part, depth))]
+        with memory_for(f"{min(len(codes), DECODED)} pictures that are decoded"):
+            return [picture for part in codes.split(DECODED) for picture in to_pictures(self.rqvae.decode(part, depth))]
 
     def sample_codes(
         self,
@@ -164,7 +169,8 @@ class ImageGenerator:
         """Codes [B, H, W, D] for conditions [B, L]; settings left out are the folder's.
 
         The randomness of a picture is a function of the seed and of its index (0, 1, .. unless `indices` are given).
-        Raises ConfigError for a condition or setting that the model cannot take.
+        Raises ConfigError for a condition or setting that the model cannot take, and TooLittleMemoryError where a batch
+        does not fit the device.
         """
         settings: dict[str, Any] = {
             "top_k": self.sampling.top_k if top_k is None else top_k,
@@ -189,9 +195,10 @@ class ImageGenerator:
         """Codes [B, H, W, D], in batches; everything is checked."""
         size = self.batch_size
         batches = [slice(first, first + size) for first in range(0, len(cond), size)]
-        return torch.cat(
-            [self._sampler.draw(cond[part], settings, seed, indices[part], progress, guidance) for part in batches]
-        )
+        with memory_for(f"{min(len(cond), size)} pictures at once"):
+            return torch.cat(
+                [self._sampler.draw(cond[part], settings, seed, indices[part], progress, guidance) for part in batches]
+            )
 
     def _guidance(self, scale: float) -> Guidance | None:
         scale = check_guidance(scale, self.transformer.config.condition)
@@ -225,7 +232,7 @@ class ImageGenerator:
                 f"{gave[given]} given, but the model's condition is {condition}: give {wants[condition]}."
             )
         if prompts is not None:
-            rows = self._tokens([prompts] if isinstance(prompts, str) else list(prompts))
+            rows = self._tokens(_captions(prompts))
         elif classes is not None:
             rows = [[self._class(value)] for value in (classes if isinstance(classes, Iterable) else [classes])]
         else:
@@ -263,6 +270,12 @@ class ImageGenerator:
         if number >= classes:
             raise ConfigError(f"class={number}: this model knows classes 0 to {classes - 1}. Choose among them.")
         return number
+
+
+def _captions(prompts: Any) -> list[Any]:
+    if not isinstance(prompts, Iterable):
+        raise ConfigError(f"prompts={prompts!r}: give a caption, or a list of captions.")
+    return [prompts] if isinstance(prompts, str) else list(prompts)
 
 
 def check_length(prompt: Any) -> None:

@@ -203,7 +203,7 @@ def find_device(device: str | torch.device) -> torch.device:
     """The device of a name. Raises ConfigError where there is none."""
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={str(device)!r} cannot be used ({str(error).splitlines()[0]}): try cpu.") from error
     return found

@@ -17,7 +17,7 @@ import functools
 import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -88,8 +88,9 @@ class Sampler:
 
         Raises ConfigError where the model's answers are not finite.
         """
-        config = self.transformer.config
-        with _evaluating(self.transformer):
+        config, device = self.transformer.config, self._place.device
+        # Graphs are captured on, and Triton launches on, the current device, which each thread has of its own.
+        with _evaluating(self.transformer), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             if self._captured and not self._graphs:
                 self._capture()
             self._start(cond)
@@ -102,9 +103,10 @@ class Sampler:
         if not self._finite:
             for cache in (*self._body_caches, *self._head_caches):
                 cache.clear()
+            guided = "" if self._guidance is None else f", or guidance={self._guidance.scale:g} is too much for them"
             raise ConfigError(
                 f"the model's hidden states or logits are not finite in {self._context.dtype}: its weights are "
-                "damaged, or too large for float16. Use dtype bfloat16 or float32."
+                f"damaged, or too large for float16{guided}. Use dtype bfloat16 or float32."
             )
         return self._codes.unflatten(1, config.code_shape[:2]).clone()
 
@@ -182,11 +184,11 @@ class Sampler:
             hidden = block(hidden, cache)
         logits = gather_from(model.outputs.codes(hidden, slice(depth, depth + 1)), model.tp)  # [B, 1, K]
         logits = logits[:, 0, : model.config.sizes[depth]].float()
+        if self._guidance is not None:
+            conditional, null = logits.chunk(2)
+            logits = null + self._guidance.scale * (conditional - null)
         self._finite.logical_and_(logits.isfinite().all())
-        if self._guidance is None:
-            return logits
-        conditional, null = logits.chunk(2)
-        return null + self._guidance.scale * (conditional - null)
+        return logits
 
     def _with_null(self, codes: Tensor) -> Tensor:
         """Codes [B, ..] for all rows: guided pictures are read twice, below their condition and below the null one."""

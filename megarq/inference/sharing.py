@@ -29,6 +29,9 @@ Call = tuple[Tensor, list[DepthSettings], int, list[int], Guidance | None]
 class SharedGenerator(ImageGenerator):
     """An ImageGenerator whose RQ-Transformer is cut over all ranks; what the first draws, all draw."""
 
+    drawing = False
+    """On the first rank: whether the others draw along. After an error in the middle they no longer listen."""
+
     def _draw(
         self,
         cond: Tensor,
@@ -38,8 +41,11 @@ class SharedGenerator(ImageGenerator):
         guidance: Guidance | None,
         progress: Progress | None,
     ) -> Tensor:
+        self.drawing = True
         _announce((cond.cpu(), settings, seed, indices, guidance))
-        return super()._draw(cond, settings, seed, indices, guidance, progress)
+        codes = super()._draw(cond, settings, seed, indices, guidance, progress)
+        self.drawing = False
+        return codes
 
     def follow(self) -> None:
         """On the other ranks: draw along until the first is done."""
@@ -73,7 +79,8 @@ def shared_generator(
         try:
             yield generator
         finally:
-            _announce(None)
+            if not generator.drawing:
+                _announce(None)
 
 
 def _announce(call: Call | None) -> Call | None:

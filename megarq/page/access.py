@@ -13,7 +13,7 @@ class Passwords:
     def __init__(self, file: Path) -> None:
         """Raises: ConfigError, which tells no password."""
         try:
-            lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except UnicodeDecodeError:
             raise ConfigError(f"--password-file {file} is no text in UTF-8. Write it again.") from None
         if not lines:

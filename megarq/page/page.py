@@ -13,14 +13,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from megarq.data.picture_set import LONGEST_PROMPT
-from megarq.errors import ConfigError
+from megarq.errors import ConfigError, TooLittleMemoryError
 from megarq.inference.generator import ImageGenerator
 from megarq.inference.options import per_depth
 from megarq.inference.png import write_png
@@ -29,8 +29,10 @@ LONGEST_FIELD = 100
 """Characters of any other field."""
 HISTORY = 20
 """Drawings of a session that are kept."""
+KEPT = 2000
+"""Pictures of all sessions' drawings that are kept; the oldest drawings are forgotten first."""
 VISITS = 100
-"""Sessions that are remembered; the oldest is forgotten first."""
+"""Sessions that are remembered; the one that was away longest is forgotten first."""
 SEEDS = 2**31
 """A random seed is below."""
 
@@ -61,6 +63,8 @@ class Asked:
 class Drawing:
     """Pictures, and how they were drawn."""
 
+    number: int
+    """1, 2, .. in the order that they were drawn in."""
     asked: Asked
     """The question, with the seed that was used."""
     facts: dict[str, Any]
@@ -94,14 +98,17 @@ class Page:
         self.generator = generator
         self.most = most
         self._visits: dict[str, Visit] = {}
+        self._coming = Lock()
+        self._drawn = 0
 
     def visit(self, key: str) -> Visit:
         """The visit of this key, new where there is none."""
-        if key not in self._visits:
+        with self._coming:
+            visit = self._visits.pop(key, None) or Visit()
             while len(self._visits) >= VISITS:
                 self.leave(next(iter(self._visits)))
-            self._visits[key] = Visit()
-        return self._visits[key]
+            self._visits[key] = visit
+        return visit
 
     def leave(self, key: str) -> None:
         """End a visit, and what is being drawn for it."""
@@ -136,9 +143,11 @@ class Page:
         try:
             codes = self.generator.sample_codes(cond, **sampling, progress=tell)
             pictures = self.generator.decode(codes)
-        except torch.OutOfMemoryError as error:
+        except TooLittleMemoryError as error:
             raise ConfigError(f"{len(cond)} pictures do not fit the memory that is left: ask for fewer.") from error
+        self._drawn += 1
         drawing = Drawing(
+            number=self._drawn,
             asked=replace(asked, seed=str(settings["seed"])),
             facts={**{name: [value] for name, value in subject.items()}, **settings, **self.generator.facts},
             codes=codes,
@@ -146,7 +155,18 @@ class Page:
         )
         visit.drawings.appendleft(drawing)
         visit.shown = drawing
+        self._forget()
         return drawing
+
+    def _forget(self) -> None:
+        """Leave no more than KEPT pictures, and whatever is shown."""
+        visits = list(self._visits.values())
+        kept = sum(len(drawing.pictures) for visit in visits for drawing in visit.drawings)
+        while kept > KEPT:
+            oldest = min(
+                (visit.drawings for visit in visits if visit.drawings), key=lambda drawings: drawings[-1].number
+            )
+            kept -= len(oldest.pop().pictures)
 
     def cut(self, drawing: Drawing) -> int | None:
         """Tokens of its caption, where the model does not read all of them."""

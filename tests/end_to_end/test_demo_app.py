@@ -250,7 +250,7 @@ WRONG = {
     "a temperature that is none": ({"Temperature": "nan"}, "temperature=nan: give a number"),
     "a share above 1": ({"Top_p": 1.5}, "top_p=1.5: give a share"),
     "too few depths": ({"Top_p": "0.5,0.6"}, "2 values for 3 depths"),
-    "guidance below 0": ({"Guidance": -1}, "guidance=-1.0: give a number of 0 or more"),
+    "guidance below 0": ({"Guidance": -1}, "guidance=-1.0: give a number from 0 to 1000"),
     "a billion pictures": ({"Pictures": 10**9}, "count=1000000000: give 1 to 16 pictures"),
     "a part of a picture": ({"Pictures": "1.5"}, "count='1.5': give a whole number"),
 }

@@ -1,5 +1,6 @@
 """Picture sets drawn by the commands: on any number of ranks, killed and begun again, not a bit differs."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from captioned_tars import contents
+from safetensors.torch import load_file, save_file
 from tiny_drawing import COUNT, TARS, drawing_command, prompts_command
 
 from megarq.data.picture_set import PictureSettings
@@ -134,8 +136,23 @@ def test_two_ranks_share_a_model_and_draw_what_one_draws(tmp_path: Path) -> None
         assert [outcome.status for outcome in outcomes] == [0, 0], outcomes
         assert outcomes[0].printed and not outcomes[1].printed
     alone, shared = tmp_path / "alone", tmp_path / "shared"
+    for folder, ranks in ((alone, 1), (shared, 2)):
+        settings = json.loads((folder / "many" / "pictures.json").read_text())
+        assert settings.pop("tp") == ranks
+        (folder / "many" / "pictures.json").write_text(json.dumps(settings))
     assert contents(alone / "many") == contents(shared / "many")
     assert (alone / "few.png").read_bytes() == (shared / "few.png").read_bytes()
+
+
+def test_weights_that_are_not_finite_are_told_in_one_line_where_ranks_share_them(tmp_path: Path) -> None:
+    command = prompts_command(tmp_path)
+    file = Path(command[1]) / "model.safetensors"
+    weights = load_file(file)
+    weights["head.0.ln1.weight"][0] = float("nan")
+    save_file(weights, file)
+    first, second = call_ranks(*command, "--tp", "2", "--output", tmp_path / "set", ranks=2)
+    assert first.status == second.status == 2 and not second.errors, (first, second)
+    assert "not finite in torch.float32" in first.errors and "Traceback" not in first.errors
 
 
 def test_a_model_is_shared_by_all_ranks_of_a_job_or_not_at_all(tmp_path: Path) -> None:

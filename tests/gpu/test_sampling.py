@@ -56,6 +56,17 @@ def test_captured_steps_draw_what_steps_one_by_one_draw(model, top_k, top_p):
     model.cpu()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_another_device_than_the_current_one_draws_the_same(model):
+    cond = conditions(model, 5)
+    drawn = []
+    for device in ("cuda:0", "cuda:1"):
+        drawn.append(sample_codes(model.to(device), cond.to(device), top_k=50, top_p=0.9, progress=lambda count: None))
+        assert torch.cuda.current_device() == 0
+    model.cpu()
+    assert torch.equal(drawn[0].cpu(), drawn[1].cpu())
+
+
 @pytest.mark.parametrize("top_k", [16384, 1024, 7])
 @pytest.mark.parametrize("top_p", [1.0, 0.95, 0.3])
 @pytest.mark.parametrize("temperature", [1.0, 0.2])

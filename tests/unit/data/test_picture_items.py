@@ -170,6 +170,7 @@ def test_a_last_line_that_ends_is_no_blank_line(tmp_path: Path, caplog: pytest.L
         (None, r"cannot be read \(.*No such file.*Give UTF-8 text, and check the path"),
         (b"", "holds no caption, but 0 blank lines. Give a caption a line"),
         (b"\n \n", "holds no caption, but 2 blank lines"),
+        (b"two\nthree\rfour\r", "line 2 holds carriage returns. End lines with a line feed"),
         (b"two\n" + b"a" * 1001, "line 2 has 1001 characters: give at most 1000"),
         (b"two\n\xff\xfe", "cannot be read .*utf-8.*Give UTF-8 text"),
     ],

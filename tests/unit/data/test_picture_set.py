@@ -149,7 +149,7 @@ def test_a_set_whose_tar_was_removed_is_no_longer_complete(begun: Callable[..., 
             {"ranker": {"network": "resnet101", "sha256": "a"}},
             "ranker.network=None, this command has ranker.network=resnet101",
         ),
-        ({"items": items_digest(ITEMS[1:])}, "items=.*, this command has items="),
+        ({"items": items_digest(ITEMS[1:])}, "other prompts or classes than this command has"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -182,11 +182,11 @@ def test_settings_are_the_same_after_json(begun: Callable[..., PictureSet]) -> N
     begun()
 
 
-def test_a_set_of_before_there_was_guidance_goes_on(begun: Callable[..., PictureSet], tmp_path: Path) -> None:
+def test_a_set_of_before_there_were_guidance_and_tp_goes_on(begun: Callable[..., PictureSet], tmp_path: Path) -> None:
     begun()
     path = tmp_path / "set" / "pictures.json"
     content = json.loads(path.read_bytes())
-    del content["sampling"]["guidance"]
+    del content["sampling"]["guidance"], content["tp"]
     path.write_text(json.dumps(content))
     assert PictureSettings.load(tmp_path / "set") == (SETTINGS, False)
     fill(begun())
@@ -280,7 +280,14 @@ def test_without_tars_other_pictures_and_other_formats_are_refused(
     (tmp_path / "mine" / "holiday.png").touch()
     with pytest.raises(DataError, match=r"holds holiday.png, but no pictures.json: give --output a folder of its own"):
         loose("mine")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "000000.json").write_text("{}")
+    with pytest.raises(DataError, match=r"holds 000000.json, but no pictures.json: give --output a folder of its own"):
+        loose("theirs")
+    assert (tmp_path / "theirs" / "000000.json").read_text() == "{}"
     begun("tars")
+    with pytest.raises(DataError, match="was begun with tp=1, this command has tp=2"):
+        begun("tars", tp=2)
     with pytest.raises(DataError, match="was begun with pictures_per_tar=2, this command has pictures_per_tar=None"):
         loose("tars")
 

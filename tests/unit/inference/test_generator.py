@@ -99,10 +99,16 @@ def test_guidance_is_held_against_the_empty_caption(text):
     assert same(text.generate(**GUIDED, guidance=0), unguided)
 
 
-@pytest.mark.parametrize("guidance", [-1, float("nan"), float("inf"), "much"])
+@pytest.mark.parametrize("guidance", [-1, 1001, 1e39, float("nan"), float("inf"), "much"])
 def test_guidance_that_is_no_scale_is_refused(text, guidance):
-    with pytest.raises(ConfigError, match="guidance=.*: give a number of 0 or more"):
+    with pytest.raises(ConfigError, match="guidance=.*: give a number from 0 to 1000"):
         text.generate(**GUIDED, guidance=guidance)
+
+
+def test_prompts_that_are_no_list_are_refused(text):
+    with pytest.raises(ConfigError, match="prompts=5: give a caption, or a list of captions"):
+        text.generate(prompts=5)
+    assert same(text.generate(prompts=(prompt for prompt in ("two", "a seven"))), text.generate(["two", "a seven"]))
 
 
 def test_guidance_of_classes_is_refused(classes):

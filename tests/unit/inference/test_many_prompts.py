@@ -126,6 +126,7 @@ def test_a_long_caption_is_cut_and_told_once(
         (["--batch-size", 0], "--batch-size 0"),
         (["--threads", 0], "--threads 0"),
         (["--device", "tpu"], "device='tpu'"),
+        (["--device", "meta"], "device='meta' cannot be used"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_and_makes_no_folder(
@@ -153,7 +154,7 @@ def test_a_folder_of_other_settings_is_refused(draw: Callable[..., Path], option
 def test_a_folder_of_other_prompts_is_refused(draw: Callable[..., Path], prompts: Path) -> None:
     draw()
     prompts.write_text("\n".join(reversed(CAPTIONS)))
-    with pytest.raises(DataError, match="was begun with items="):
+    with pytest.raises(DataError, match="was begun with other prompts or classes than this command has"):
         draw()
 
 

@@ -282,6 +282,12 @@ def test_damaged_weights_are_named_and_draw_nothing(build, damaged, settings):
         sample_codes(model, torch.ones(2, 4, dtype=torch.int64), **settings)
 
 
+def test_guidance_that_leaves_no_numbers_is_told(build):
+    guidance = Guidance(1e39, torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ConfigError, match=r"not finite.*, or guidance=1e\+39 is too much for them"):
+        sample_codes(build().transformer, torch.ones(2, 4, dtype=torch.int64), guidance=guidance)
+
+
 @pytest.mark.parametrize("placed", [False, True], ids=["plain", "placed"])
 def test_a_batch_that_is_not_finite_leaves_nothing_to_the_next(build, placed):
     model = build().transformer

@@ -22,6 +22,10 @@ def test_one_password_is_any_users(passwords):
     assert not enter("ada", "örtlich") and not enter("ada", "")
 
 
+def test_a_mark_of_the_order_of_bytes_is_no_part_of_a_password(passwords):
+    assert passwords("\ufeffgeheim")("ada", "geheim") and passwords("\ufeffada:geheim")("ada", "geheim")
+
+
 def test_each_user_has_a_password(passwords):
     enter = passwords("ada:one:two\n\nbob:three\n")
     assert enter("ada", "one:two") and enter("bob", "three")

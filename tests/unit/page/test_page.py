@@ -69,7 +69,7 @@ def test_empty_fields_are_the_models_settings_and_a_random_seed(page):
         ({"top_p": "1.1"}, "top_p=1.1: give a share"),
         ({"temperature": "nan"}, "temperature=nan: give a number"),
         ({"temperature": "warm"}, "temperature='warm': give a number"),
-        ({"guidance": "inf"}, "guidance=inf: give a number of 0 or more"),
+        ({"guidance": "inf"}, "guidance=inf: give a number from 0 to 1000"),
         ({"seed": "1.5"}, "seed='1.5': give a whole number"),
     ],
 )
@@ -95,11 +95,17 @@ def test_what_a_model_of_classes_cannot_follow_is_refused(make_page, asked, mess
         page.draw(page.visit("a"), asked, quiet)
 
 
-def test_pictures_that_do_not_fit_the_memory_are_refused(page, monkeypatch):
-    def full(codes):
-        raise torch.OutOfMemoryError("made up")
+@pytest.mark.parametrize("part", ["sampler", "decoder"])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("made up"), RuntimeError("DefaultCPUAllocator: can't allocate memory: made up")]
+)
+def test_pictures_that_do_not_fit_the_memory_are_refused(page, monkeypatch, part, error):
+    def full(*given, **settings):
+        raise error
 
-    monkeypatch.setattr(page.generator, "decode", full)
+    monkeypatch.setattr(
+        *{"sampler": (page.generator._sampler, "draw"), "decoder": (page.generator.rqvae, "decode")}[part], full
+    )
     with pytest.raises(ConfigError, match="3 pictures do not fit the memory that is left: ask for fewer"):
         page.draw(page.visit("a"), Asked("two", "3"), quiet)
     assert not page.visit("a").drawings
@@ -147,12 +153,23 @@ def test_a_visit_keeps_its_newest_drawings_newest_first(page):
     assert visit.shown is visit.drawings[0] and page.visit("a") is visit
 
 
-def test_the_oldest_of_too_many_visits_is_forgotten(page):
+def test_of_too_many_visits_the_one_that_was_away_longest_is_forgotten(page):
     first, second = page.visit("0"), page.visit("1")
-    for number in range(2, VISITS + 1):
+    for number in range(2, VISITS):
         page.visit(str(number))
-    assert first.stopping and not second.stopping
-    assert page.visit("1") is second and page.visit("0") is not first
+    assert page.visit("0") is first
+    page.visit(str(VISITS))
+    assert second.stopping and not first.stopping
+    assert page.visit("0") is first and page.visit("1") is not second
+
+
+def test_of_too_many_pictures_the_oldest_are_forgotten_whoever_drew_them(page, monkeypatch):
+    monkeypatch.setattr("megarq.page.page.KEPT", 5)
+    ada, bob = page.visit("ada"), page.visit("bob")
+    for visit, count in ((ada, "2"), (bob, "2"), (ada, "1"), (bob, "2")):
+        page.draw(visit, Asked("two", count), quiet)
+    assert [len(drawing.pictures) for drawing in ada.drawings] == [1]
+    assert [len(drawing.pictures) for drawing in bob.drawings] == [2, 2]
 
 
 def test_a_picture_is_refined_depth_by_depth(page):
