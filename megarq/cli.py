@@ -16,12 +16,15 @@ from megarq.errors import (
     LostDataError,
     MegarqError,
     PreflightError,
+    RunHeldError,
     Stopped,
     is_fault,
 )
 from megarq.launch.environment import read_environment
 from megarq.launch.stop import STOPPED
 
+HELD = 73
+"""Exit status where another job trains into the run's folder: sysexits' EX_CANTCREAT."""
 SECONDS_FOR_RANK_ZERO = 5
 SAME_ON_ALL_RANKS = (ConfigError, DivergenceError, FaultError, LostDataError, PreflightError)
 INTERRUPTED = "interrupted"
@@ -31,8 +34,8 @@ OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 def run(main: Callable[[], None]) -> int:
     """Run a command and return its exit status.
 
-    0; 2 after printing a MegarqError on stderr, but 1 after a fault that a restart may mend; 75 where training stopped
-    as asked; 130 when interrupted.
+    0; 2 after printing a MegarqError on stderr, but 1 after a fault that a restart may mend, and 73 where another job
+    trains into the folder; 75 where training stopped as asked; 130 when interrupted.
 
     What is the same on all ranks of a job is printed by rank 0 alone.
     """
@@ -44,7 +47,7 @@ def run(main: Callable[[], None]) -> int:
             print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
         else:
             time.sleep(SECONDS_FOR_RANK_ZERO)  # a launcher ends all ranks with the first, and rank 0 must have spoken
-        return 1 if is_fault(error) else 2
+        return HELD if isinstance(error, RunHeldError) else 1 if is_fault(error) else 2
     except OSError as error:
         if error.filename is None:
             raise

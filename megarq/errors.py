@@ -44,15 +44,24 @@ class FaultError(MegarqError):
     may be all that it takes."""
 
 
-STORAGE_FAULTS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN, errno.ENOTCONN)
-"""Errors of a file system that may be gone by the next attempt."""
+_FOR_A_PERSON = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.EEXIST),
+        *(errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EXDEV),
+    }
+)
+"""Errors of the system that the next attempt would meet again; others, EIO or ESHUTDOWN of a storage, may be gone."""
 
 
 def is_fault(error: MegarqError | OSError) -> bool:
     """Whether a restart may help, so that no person need mend anything first."""
     if isinstance(error, OSError):
-        return error.errno in STORAGE_FAULTS
+        return error.errno is not None and error.errno not in _FOR_A_PERSON
     return isinstance(error, FaultError | StorageError)
+
+
+class RunHeldError(FaultError):
+    """Another job trains into the run's folder; it may be one that is about to end."""
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error

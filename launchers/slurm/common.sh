@@ -5,13 +5,16 @@
 #                             2    a person must mend something: the job fails
 #                             75   asked to stop, all saved: the job is queued again
 #                             143  ended by SIGTERM, as commands are that save all the time: the same
+#                             73   another job trains into the folder: a fault, whatever progress that job makes
 #                             else a fault: queued again, MAX_DEATHS times at most without progress between them
 
 cd "${MEGARQ_ROOT:-$SLURM_SUBMIT_DIR}" || exit 2
 here=launchers/slurm
+set +u # sites write what this does not let pass, such as $LD_LIBRARY_PATH
 # shellcheck source=/dev/null
 source "${MEGARQ_SITE:-$here/site.env}"
-eval "${SETUP:-}"
+set -u
+export SLURM_EXPORT_ENV=ALL # where sbatch was told to export nothing, srun would hand tasks no environment either
 mkdir -p "$LOGS"
 notes=$LOGS/job-$SLURM_JOB_ID
 # Of a job array one task, of which one has the whole array's number for its own.
@@ -21,14 +24,14 @@ this_job=${this_job:-$SLURM_JOB_ID}
 [[ ${SLURM_CPUS_PER_TASK:-} ]] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 say() {
-    printf '%s %s: %s\n' "$(date +%FT%T)" "$SLURM_JOB_NAME" "$*"
+    printf '%s %s: %s\n' "$(date +%FT%T)" "$SLURM_JOB_NAME" "$*" 2>/dev/null || true # the disk may be full
 }
 
-# Where ranks meet: the job's first node, at a port of its own.
+# Where ranks meet: the job's first node, at a port of its own, and another one after a restart.
 meet() {
     local hosts
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    export MASTER_ADDR=${hosts[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+    export MASTER_ADDR=${hosts[0]} MASTER_PORT=$((20000 + (SLURM_JOB_ID + 1009 * ${SLURM_RESTART_COUNT:-0}) % 10000))
 }
 
 # One task for each rank of the allocation, each running this Python script; a task that fails ends the others.
@@ -59,6 +62,8 @@ output_of() {
 progress() {
     if [[ -e $1/checkpoints/latest ]]; then
         cat "$1/checkpoints/latest"
+    elif [[ -e $1/events.jsonl || -e $1/config.resolved.yaml ]]; then
+        echo "no checkpoint"
     elif [[ -d $1 ]]; then
         find "$1" -type f ! -name '.*' | wc -l
     else
@@ -68,21 +73,27 @@ progress() {
 
 # Run a function of this file with its arguments, hand signals on to it, and end the job by how it ended.
 supervise() {
-    local output code=0 status asked=
+    local output code=0 status asked='' watcher
+    set +e # whatever fails here, how the job ended is still judged
     output=$(output_of "$@")
     export MEGARQ_STATUS=$notes.status
     rm -f "$MEGARQ_STATUS"
     say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST"
     # Before a time limit SLURM sends USR1 here, to this shell alone, and TERM when it takes the nodes away.
     trap 'asked=yes; kill -USR1 "$step" 2>/dev/null || true' USR1 TERM
-    "$@" &
+    (set -e && "$@") &
     step=$!
+    bound "$step" &
+    watcher=$!
+    disown "$watcher" # its end is not news
     while :; do # a signal interrupts `wait`, and not what it waits for
         code=0
         wait "$step" || code=$?
         kill -0 "$step" 2>/dev/null || break
     done
-    status=$(cat "$MEGARQ_STATUS" 2>/dev/null || echo "$code")
+    kill -KILL "$watcher" 2>/dev/null
+    status=$(cat "$MEGARQ_STATUS" 2>/dev/null)
+    status=${status:-$code}
     if ((code == 0)); then
         say "done"
         rm -f "$notes".*
@@ -92,30 +103,51 @@ supervise() {
         exit 2
     elif ((status == 75 || status == 143)) || [[ $asked ]]; then
         say "stopped as asked"
+    elif ((status == 73)); then
+        count_death "another job's folder" "$status"
     else
         count_death "$(progress "$output")" "$status"
     fi
-    # A job that somebody has cancelled is told to stop as well, and must not come back.
-    case $(state) in
-        RUNNING) say "queued again" && scontrol requeue "$this_job" && return ;;
-        '') say "SLURM does not tell the state of job $this_job: not queued again" ;;
-    esac
-    exit 1 # what waits for this job must not begin
+    queue_again
 }
 
-# The job's state; empty where SLURM does not answer.
-state() {
-    local attempt
-    for attempt in 1 2 3; do
-        squeue --noheader --job="$this_job" --format=%T 2>/dev/null && return
-        sleep "$attempt"
+# End what starts the tasks where it does not return END_SECONDS after one of them has failed: srun waits without end
+# for a node whose daemon has died.
+bound() {
+    local seconds=0
+    trap '' USR1 TERM
+    while ((seconds < ${END_SECONDS:-120})); do
+        sleep 1
+        [[ -s $MEGARQ_STATUS ]] && ((seconds += 1))
     done
+    say "not returned for $seconds s after a rank ended with status $(cat "$MEGARQ_STATUS"): given up"
+    kill -KILL "$1"
+}
+
+# Ask SLURM to queue the job again, as often as it takes while the controller is away. A job that somebody has cancelled
+# is told to stop as well, and must not come back.
+queue_again() {
+    local pause=1 refused=0 deadline=$((SECONDS + 3600))
+    while ((SECONDS < deadline && refused < 5)); do
+        case $(squeue --noheader --job="$this_job" --format=%T 2>/dev/null) in
+            RUNNING)
+                say "asks to be queued again"
+                scontrol requeue "$this_job" && return
+                ((refused += 1))
+                ;;
+            '') say "SLURM does not tell the state of job $this_job: asked again in $pause s" ;;
+            *) break ;;
+        esac
+        sleep $pause
+        ((pause = pause < 60 ? 2 * pause : 60))
+    done
+    exit 1 # what waits for this job must not begin
 }
 
 # Take note of a fault, and end the job where there were too many without progress.
 count_death() {
     local deaths=0 before=
-    [[ -e $notes.deaths ]] && read -r deaths before <"$notes.deaths"
+    [[ -s $notes.deaths ]] && read -r deaths before <"$notes.deaths"
     [[ $before == "$1" ]] || deaths=0
     printf '%d %s\n' $((deaths += 1)) "$1" >"$notes.deaths"
     say "a fault (status $2), the ${deaths}. in a row at $1"
@@ -124,3 +156,18 @@ count_death() {
         exit 1
     fi
 }
+
+# What the site has done before everything else. Where that fails, it may be by this node.
+setup_failed() {
+    trap - EXIT
+    set +eu
+    say "SETUP ended with status $1 on ${SLURMD_NODENAME:-this node}"
+    count_death SETUP "$1"
+    queue_again
+    exit 0
+}
+trap 'setup_failed $?' EXIT
+set +u
+eval "${SETUP:-}"
+set -u
+trap - EXIT

@@ -13,17 +13,29 @@ fail() {
 
 [[ -e ${1:-} ]] || fail "${1:-no file of arguments}: give a file such as $here/walk.env.example"
 walk=$(realpath "$1")
+MEGARQ_SITE=$(realpath -m "${MEGARQ_SITE:-$here/site.env}")
+export MEGARQ_SITE
 cd "$here/../.."
+set +u # sites write what this does not let pass, such as $LD_LIBRARY_PATH
 # shellcheck source=/dev/null
-source "${MEGARQ_SITE:-$here/site.env}"
+source "$MEGARQ_SITE"
+set -u
 # shellcheck source=/dev/null
 source "$walk"
 
 declare -A numbers
 
+# Half a walk would be submitted a second time with the other half.
+take_back() {
+    ((${#numbers[@]})) || return 0
+    scancel "${numbers[@]}"
+    printf 'cancelled what was submitted before: %s\n' "${numbers[*]}" >&2
+}
+trap take_back EXIT
+
 # step NAME JOB BEHIND...: submit a job with the arguments of NAME, behind these steps, as far as they are part of the walk.
 step() {
-    local name=$1 job=$2 behind='' before
+    local name=$1 job=$2 behind='' before number
     local -n arguments=$name options=${name}_SBATCH
     shift 2
     [[ -v arguments ]] || return 0
@@ -31,8 +43,9 @@ step() {
         [[ ${numbers[$before]:-} ]] && behind+=:${numbers[$before]}
     done
     [[ $behind ]] && behind="--dependency=afterok$behind"
-    numbers[$name]=$("$here/submit.sh" "$job" --kill-on-invalid-dep=yes ${behind:+"$behind"} "${options[@]}" -- "${arguments[@]}")
-    printf '%-16s %s\n' "${name,,}" "${numbers[$name]}"
+    number=$("$here/submit.sh" "$job" --kill-on-invalid-dep=yes ${behind:+"$behind"} "${options[@]}" -- "${arguments[@]}")
+    numbers[$name]=$number
+    printf '%-16s %s\n' "${name,,}" "$number"
 }
 
 step MAKE_SHARDS make_shards
@@ -44,3 +57,4 @@ step TRAIN train TRAIN_TOKENIZER PRETOKENIZE VERIFY_CODES
 step EXPORT export TRAIN
 step DRAW evaluate EXPORT
 step SCORE evaluate DRAW
+trap - EXIT

@@ -8,7 +8,8 @@
 set -euo pipefail
 MEGARQ_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 here=$MEGARQ_ROOT/launchers/slurm
-export MEGARQ_ROOT MEGARQ_SITE=${MEGARQ_SITE:-$here/site.env}
+MEGARQ_SITE=$(realpath -m "${MEGARQ_SITE:-$here/site.env}")
+export MEGARQ_ROOT MEGARQ_SITE
 
 fail() {
     printf 'error: %s\n' "$*" >&2
@@ -28,12 +29,14 @@ done
 shift
 
 cd "$MEGARQ_ROOT" # relative paths are the job's, which runs here
+set +u # sites write what this does not let pass, such as $LD_LIBRARY_PATH
 # shellcheck source=/dev/null
 source "$MEGARQ_SITE"
+set -u
 : "${LOGS:?$MEGARQ_SITE sets no LOGS: a folder that all nodes share}"
 : "${RANKS_PER_NODE:?$MEGARQ_SITE sets no RANKS_PER_NODE: the GPUs of a node}"
 mkdir -p "$LOGS"
-site=(--chdir="$MEGARQ_ROOT" --signal="B:USR1@${STOP_SECONDS:-120}")
+site=(--chdir="$MEGARQ_ROOT" --export=ALL --signal="B:USR1@${STOP_SECONDS:-120}")
 for setting in partition account qos time; do
     name=${setting^^}
     [[ ${!name:-} ]] && site+=("--$setting=${!name}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One task: runs a command, hands signals on to it, and notes how it ended where no other task has done so before.
+# One task: runs a command, hands signals on to it, and notes how it failed where no other task has failed before.
 #
 # srun's own exit status does not tell that: those of tasks which it ends itself hide that of the task which failed.
 set -uo pipefail
@@ -12,7 +12,7 @@ while :; do
     status=$?
     kill -0 "$child" 2>/dev/null || break
 done
-if [[ ${MEGARQ_STATUS:-} ]]; then
+if [[ ${MEGARQ_STATUS:-} ]] && ((status)); then
     (set -o noclobber && echo "$status" >"$MEGARQ_STATUS") 2>/dev/null
 fi
 exit "$status"

@@ -3,15 +3,20 @@
 import logging
 import re
 import shutil
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megarq.checkpoint.format import Checkpoint
-from megarq.errors import CheckpointError
+from megarq.errors import CheckpointError, FaultError, is_fault
 from megarq.launch.gather import Gather
 from megarq.parallel.together import together
 
 LATEST = "latest"
+PAUSES = (1.0, 5.0, 25.0)
+"""Seconds between attempts to read from a storage that fails."""
 
 logger = logging.getLogger(__name__)
 
@@ -48,19 +53,25 @@ def newest_checkpoint(run: str | Path, rank: int = 0, world_size: int = 1, gathe
     It is the one that `latest` names or, where that is damaged, one before it, with a warning. Steps after `latest`
     were left behind by a run that was taken back; they count only where there is no `latest`.
 
-    Returns None where the run has no checkpoint. Raises CheckpointError where none is whole.
+    Returns None where the run has no checkpoint. Raises CheckpointError where none is whole, and FaultError where the
+    storage does not let it be seen whether the next one is.
     """
     root = checkpoints_folder(run)
     names = together(lambda: _candidates(root), gather)[0]
     problems: list[str] = []
     for name in names:
-        checkpoint, problem = None, None
+        checkpoint, problem, fault = None, None, False
         try:
-            checkpoint = Checkpoint.open(root / name)
-            checkpoint.verify(rank, world_size)
+            checkpoint = _patiently(partial(_verified, root / name, rank, world_size))
         except (CheckpointError, OSError) as error:
-            problem = str(error)
-        found = [other for other in gather(problem) if other is not None]
+            problem, fault = str(error), is_fault(error)
+        answers = gather((problem, fault))
+        if faults := [other for other, fault in answers if fault]:
+            raise FaultError(
+                f"{root / name} cannot be read ({faults[0]}), though it may be whole. Give the same command again, and "
+                "look at that storage where this comes again."
+            )
+        found = [other for other, _ in answers if other is not None]
         if checkpoint is not None and not found:
             if problems and rank == 0:
                 logger.warning("%s is the newest whole checkpoint", checkpoint.folder)
@@ -74,6 +85,25 @@ def newest_checkpoint(run: str | Path, rank: int = 0, world_size: int = 1, gathe
             "in another --output."
         )
     return None
+
+
+def _verified(folder: Path, rank: int, world_size: int) -> Checkpoint:
+    checkpoint = Checkpoint.open(folder)
+    checkpoint.verify(rank, world_size)
+    return checkpoint
+
+
+def _patiently(read: Callable[[], Checkpoint]) -> Checkpoint:
+    """What is read, at the last attempt if need be. Raises what the last one does."""
+    for pause in PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if not is_fault(error):
+                raise
+            logger.warning("%s; tried again in %g s", error, pause)
+            time.sleep(pause)
+    return read()
 
 
 def checkpoint_at(run: str | Path, step: int | None = None) -> Checkpoint:

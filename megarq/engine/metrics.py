@@ -167,9 +167,10 @@ class MetricsLog:
                 self._events.add_image(name, chart, step)
 
     def say(self, message: str) -> None:
-        """Print a line."""
+        """Print a line, where somebody reads it: a launcher may be dead, and the disk of its output full."""
         if self._active:
-            print(message, flush=True)
+            with suppress(OSError):
+                print(message, flush=True)
 
     def event(self, event: str, step: int, **values: Any) -> None:
         """Add to the run's events."""

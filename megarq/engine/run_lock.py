@@ -8,7 +8,7 @@ import socket
 import time
 from pathlib import Path
 
-from megarq.errors import FaultError
+from megarq.errors import RunHeldError
 from megarq.files import NO_LOCKS
 
 LOCK = ".lock"
@@ -29,7 +29,7 @@ class RunLock:
         self._descriptor: int | None = None
 
     def take(self, patience: float = PATIENCE) -> None:
-        """Raises: FaultError where another process holds it for longer than `patience`, in seconds."""
+        """Raises: RunHeldError where another process holds it for longer than `patience`, in seconds."""
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         deadline = time.monotonic() + patience
         while True:
@@ -44,7 +44,7 @@ class RunLock:
                 if time.monotonic() > deadline:
                     holder = os.pread(descriptor, 1000, 0).decode(errors="replace") or "another process"
                     os.close(descriptor)
-                    raise FaultError(
+                    raise RunHeldError(
                         f"{self._path.parent} is being trained into by {holder}. Wait for its end, or end it, or give "
                         "another --output."
                     ) from error

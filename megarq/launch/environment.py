@@ -24,6 +24,9 @@ _LAUNCHERS = {
 _LOCAL_SIZES = {"mpirun (Open MPI)": "OMPI_COMM_WORLD_LOCAL_SIZE", "mpirun (MPICH)": "MPI_LOCALNRANKS"}
 """Ranks on this host: where they are all of them, they meet on the loopback address unless told otherwise."""
 
+_MPIRUN = ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
+"""What Open MPI's and MPICH's mpirun set for their ranks, and nobody else does."""
+
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
@@ -67,6 +70,11 @@ def read_environment(environ: Mapping[str, str], meet: bool = True) -> LaunchEnv
             rank, world_size, local_rank, address, _integer(environ, "MASTER_PORT", 29500), launcher
         )
     return LaunchEnvironment(0, 1, 0, "127.0.0.1", 0, "none")
+
+
+def started_by_mpirun(environ: Mapping[str, str]) -> bool:
+    """Whether Open MPI's or MPICH's mpirun started this process, perhaps where srun's variables are too."""
+    return any(name in environ for name in _MPIRUN)
 
 
 def worker_place(environ: Mapping[str, str], environment: LaunchEnvironment) -> tuple[int, int]:

@@ -33,6 +33,8 @@ HUNG = 76
 _OURS = str(Path(__file__).parents[1]) + os.sep
 SLOWER = 10
 """Times the patience that is right for a step, for what takes longer than steps."""
+SUSPENDED = 2.0
+"""Seconds that this thread oversleeps where the whole process was stopped, as a scheduler does: they do not count."""
 GRACE = 5.0
 """Seconds that reports of other ranks are waited for."""
 
@@ -108,7 +110,13 @@ class Watchdog:
         self._since, self._patience = time.monotonic(), times * self._seconds
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(1.0, self._seconds / 10)):
+        pause = min(1.0, self._seconds / 10)
+        woke = time.monotonic()
+        while not self._closed.wait(pause):
+            now = time.monotonic()
+            if now - woke > pause + SUSPENDED:
+                self._since += now - woke - pause
+            woke = now
             if time.monotonic() - self._since > self._patience:
                 last = threading.Timer(4 * GRACE, os._exit, (HUNG,))
                 last.daemon = True

@@ -18,12 +18,9 @@ from typing import Any, TypeVar
 
 from megarq import cli
 from megarq.errors import ConfigError
-from megarq.launch.environment import LaunchEnvironment, read_environment, worker_place
+from megarq.launch.environment import LaunchEnvironment, read_environment, started_by_mpirun, worker_place
 
 Item = TypeVar("Item")
-
-_MPIRUN = ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
-"""What Open MPI's and MPICH's mpirun set for their ranks, and nobody else does."""
 
 
 class Crew:
@@ -71,7 +68,7 @@ def find_crew(environ: Mapping[str, str]) -> Crew:
     mpi4py is imported under mpirun alone.
     """
     environment = read_environment(environ, meet=False)
-    if any(name in environ for name in _MPIRUN):
+    if started_by_mpirun(environ):
         comm = _world()
         # Not by variables: under mpirun inside a SLURM job, those of srun tell the place of mpirun's own helper.
         places = {"rank": comm.rank, "world_size": comm.size, "local_rank": _on_this_host(comm).rank}

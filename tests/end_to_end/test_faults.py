@@ -16,6 +16,7 @@ import pytest
 from followed_runs import events, expect_same_run, last_step
 from little_space import little_space
 
+from megarq import cli
 from megarq.checkpoint.format import Checkpoint
 from megarq.checkpoint.run_folder import checkpoint_at, newest_checkpoint
 from megarq.engine import run_lock, session
@@ -164,7 +165,7 @@ def test_a_second_job_is_refused_while_one_trains_into_the_folder(training, run,
     with monkeypatch.context() as patch:
         patch.setattr(run_lock.RunLock.take, "__defaults__", (0.5,))
         second = training.start(run)
-    assert second.statuses() == [1] * RANKS, second.said
+    assert second.statuses() == [cli.HELD, 1], second.said
     assert f'{run} is being trained into by {{"host": ' in second.said and str(job.ranks[0].pid) in second.said
     send_to_one(job, signal.SIGTERM)
     assert job.statuses() == [STOPPED] * RANKS, job.said

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ LOGS={logs}
 DATA={folder}
 RUNS={folder}
 MAX_DEATHS=2
+END_SECONDS=5
 """
 
 
@@ -44,7 +46,8 @@ class Site:
 
     def call(self, script: str, *given: object) -> str:
         """What a script of launchers/slurm prints."""
-        return self.slurm.call("env", f"MEGARQ_SITE={self.file}", f"launchers/slurm/{script}", *given).strip()
+        environment = (f"MEGARQ_SITE={self.file}", "SBATCH_EXPORT=NONE")  # which sites have whose logins set up much
+        return self.slurm.call("env", *environment, f"launchers/slurm/{script}", *given).strip()
 
     def submit(self, job: str, *given: object) -> str:
         """The number of a job; sbatch's options, "--" and the arguments of its command are given."""
@@ -58,6 +61,11 @@ class Site:
         while not condition():
             assert time.monotonic() < deadline, f"waited in vain for job {job}:\n{self.printed(job)}"
             time.sleep(0.05)
+
+    def queued_again(self, job: str, times: int, start: float, fault: str, record: Callable[..., None]) -> None:
+        """Wait until the job has asked so often, and note how long after `start` it was."""
+        self.wait_until(lambda: self.printed(job).count("asks to be queued again") >= times, job)
+        record("slurm", {"fault": fault, "ends": "asks to be queued again", "seconds": time.monotonic() - start})
 
     def ended(self, job: str) -> str:
         """The state that a job ends in, after however many restarts."""
@@ -92,20 +100,24 @@ def undisturbed(site: Site, train: list[str]) -> Path:
     return site.folder / "undisturbed"
 
 
-def test_a_job_that_is_signalled_and_one_of_whose_ranks_is_killed_goes_on_to_its_end(site, train, undisturbed):
+def test_a_job_that_is_signalled_and_one_of_whose_ranks_is_killed_goes_on_to_its_end(site, train, undisturbed, record):
     run = site.folder / "disturbed"
     job = site.submit("train", "--nodes=2", "--", *train, "--output", run, "data.workers=1")
     site.wait_until(lambda: last_step(run) > 2, job)
+    start = time.monotonic()
     site.slurm.call("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1@120 has it before a time limit
+    site.queued_again(job, 1, start, "USR1, as before a time limit", record)
     site.wait_until(lambda: last_step(run) > 12 and len(events(run, "started")) == 2, job)
+    start = time.monotonic()
     os.kill(rank_of(run), signal.SIGKILL)
+    site.queued_again(job, 2, start, "a rank is killed with -9", record)
     assert site.ended(job) == "COMPLETED" and site.restarts(job) == 2, site.printed(job)
     (stopped,) = events(run, "stopped")
     new, resumed, again = (event["step"] for event in events(run, "started"))
     assert new == 0 and resumed == stopped["step"] and again % 10 == 0 and resumed < again < STEPS
     first, second, third = site.printed(job).split(": attempt ")[1:]
-    assert "stopped as asked" in first and "queued again" in first and "Traceback" not in first
-    assert "a fault (status 137), the 1. in a row at step-000000" in second and "queued again" in second
+    assert "stopped as asked" in first and "to be queued again" in first and "Traceback" not in first
+    assert "a fault (status 137), the 1. in a row at step-000000" in second and "to be queued again" in second
     assert "done" in third
     expect_same_run(run, undisturbed)
 
@@ -125,12 +137,15 @@ def environ_of(process: Path) -> list[bytes]:
 
 
 @pytest.mark.full
-def test_a_job_whose_nodes_another_takes_saves_and_comes_back_after_it(site, train, undisturbed):
+def test_a_job_whose_nodes_another_takes_saves_and_comes_back_after_it(site, train, undisturbed, record):
     run = site.folder / "preempted"
     job = site.submit("train", "--nodes=2", "--", *train, "--output", run, "checkpoint.every=1000")
     site.wait_until(lambda: last_step(run) > 2, job)
+    start = time.monotonic()
     urgent = site.slurm.sbatch("squeue --noheader --format=%i:%T", "--partition=urgent", "--nodes=2", "--exclusive")
     assert f"{job}:" in urgent[""] and f"{job}:RUNNING" not in urgent[""]
+    ends = "saved, and the other job done"
+    record("slurm", {"fault": "preempted by another partition", "ends": ends, "seconds": time.monotonic() - start})
     assert site.ended(job) == "COMPLETED" and site.restarts(job) == 1, site.printed(job)
     (stopped,) = events(run, "stopped")
     assert [event["step"] for event in events(run, "started")] == [0, stopped["step"]]
@@ -181,7 +196,7 @@ def test_a_job_that_is_cancelled_stays_away(site, train):
     site.wait_until(lambda: last_step(run) > 3, job)
     site.slurm.call("scancel", job)
     assert site.ended(job) == "CANCELLED" and site.restarts(job) == 0
-    assert "queued again" not in site.printed(job)
+    assert "to be queued again" not in site.printed(job)
 
 
 def test_tasks_of_an_array_that_are_signalled_come_back_each_by_itself(site):
@@ -213,11 +228,55 @@ while not (folder / "go").exists():
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("dead", [("slurmstepd",), ("slurmstepd", "slurmd")], ids=["its step", "the node"])
+def test_a_job_whose_node_dies_is_queued_again(site, dead, record):
+    """srun alone would wait for that node without end."""
+    script, folder = site.folder / "node_dies.py", site.folder / "-".join(dead)
+    script.write_text(NODE_DIES)
+    folder.mkdir()
+    job = site.submit("evaluate", "--nodes=2", "--ntasks-per-node=1", "--", script, folder)
+    site.wait_until(lambda: (folder / "1").exists(), job)
+    task = int((folder / "1").read_text())
+    step = parent_of(parent_of(task))
+    assert b"slurmstepd" in Path(f"/proc/{step}/cmdline").read_bytes()
+    victims = [step, parent_of(task), task]
+    if "slurmd" in dead:
+        victims.append(int((site.slurm.folder / "slurmd.127.0.0.2.pid").read_text()))
+    start = time.monotonic()
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    fault = f"{' and '.join(dead)} of a node killed with its tasks, END_SECONDS=5"
+    site.queued_again(job, 1, start, fault, record)
+    if "slurmd" in dead:
+        site.slurm.call("slurmd", "-N", "127.0.0.2")
+    assert site.ended(job) == "COMPLETED" and site.restarts(job) == 1, site.printed(job)
+    assert "a fault (status 1)" in site.printed(job)
+
+
+NODE_DIES = """
+import os, sys, time
+from pathlib import Path
+folder, rank = Path(sys.argv[1]), os.environ["SLURM_PROCID"]
+if (folder / "0").exists() and (folder / "1").exists():
+    sys.exit()
+(folder / f"{rank}.new").write_text(str(os.getpid()))
+(folder / f"{rank}.new").rename(folder / rank)
+while not (folder / "1").exists() or Path("/proc", (folder / "1").read_text()).exists():
+    time.sleep(0.05)
+sys.exit(1)
+"""
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.full
 def test_a_time_limit_is_a_signal_and_the_job_comes_back(site, train):
-    """A limit of a minute, the least that SLURM knows, and a signal about as long before it."""
+    """SLURM looks at limits every half a minute, and signals half a minute early rather than late."""
     run = site.folder / "limited"
-    limit = ("--time=1", "--signal=B:USR1@40")
-    job = site.submit("train", "--nodes=1", *limit, "--", *train, "--output", run, "train.steps=4000")
+    limit = ("--time=2", "--signal=B:USR1@60")
+    job = site.submit("train", "--nodes=1", *limit, "--", *train, "--output", run, "train.steps=100000")
     site.wait_until(lambda: len(events(run, "started")) >= 2, job)
     site.slurm.call("scancel", job)
     site.ended(job)
@@ -288,6 +347,16 @@ def test_the_whole_walk_is_submitted_at_once_and_ends_in_scores(slurm, tmp_path)
         assert site.ended(job) == "COMPLETED", f"{name}\n{site.printed(job)}"
     assert json.loads((tmp_path / "scores.json").read_text())["metrics"]["fid"]
     assert [event["ranks"] for event in events(tmp_path / "t2i", "started")] == [2]
+
+
+def test_half_a_walk_is_not_left_in_the_queue(slurm, tmp_path):
+    site = Site(slurm, tmp_path)
+    (tmp_path / "walk.env").write_text(
+        "TRAIN=(--help)\nTRAIN_SBATCH=(--begin=now+1hour)\nEXPORT=(x)\nEXPORT_SBATCH=(--no)\n"
+    )
+    with pytest.raises(AssertionError, match="cancelled what was submitted before: ([0-9]+)") as refused:
+        site.call("pipeline.sh", tmp_path / "walk.env")
+    assert site.ended(re.findall(r"submitted before: ([0-9]+)", str(refused.value))[0]) == "CANCELLED"
 
 
 def test_behind_a_job_that_fails_nothing_of_the_walk_is_left_waiting(slurm, tmp_path):

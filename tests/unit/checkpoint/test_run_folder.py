@@ -1,5 +1,6 @@
 """Finding a run's newest whole checkpoint, alone and on many ranks."""
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 from made_up_checkpoints import Ranks, cut, save_together
 
+from megarq.checkpoint import run_folder
 from megarq.checkpoint.format import Checkpoint
 from megarq.checkpoint.run_folder import checkpoint_at, newest_checkpoint
-from megarq.errors import CheckpointError
+from megarq.errors import CheckpointError, FaultError
+from megarq.files import file_sha256
 
 
 def step_of(checkpoint: Checkpoint | None) -> int | None:
@@ -42,6 +45,38 @@ DAMAGES = {
 
 def test_a_run_that_is_not_there_has_no_checkpoint(tmp_path):
     assert newest_checkpoint(tmp_path / "nothing") is None
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """failing(number, times): the first so many files that are opened for their digests meet this error."""
+    monkeypatch.setattr(run_folder, "PAUSES", (0.01, 0.01))
+
+    def fail(number: int, times: int) -> None:
+        left = [number] * times
+
+        def digest(path: Path) -> str:
+            if left:
+                raise OSError(left.pop(), "made up", str(path))
+            return file_sha256(path)
+
+        monkeypatch.setattr("megarq.checkpoint.format.file_sha256", digest)
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESHUTDOWN])
+def test_a_storage_that_fails_for_a_moment_is_asked_again(run, publish, failing, number):
+    publish(run, 6)
+    failing(number, 2)
+    assert step_of(newest_checkpoint(run)) == 6
+
+
+def test_a_storage_that_goes_on_failing_hides_no_checkpoint(run, publish, failing):
+    publish(run, 6)
+    failing(errno.EIO, 100)
+    with pytest.raises(FaultError, match="step-00000006 cannot be read .*made up.* though it may be whole"):
+        newest_checkpoint(run)
 
 
 def test_a_step_is_found_by_its_number(run, publish):

@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl, the console line, TensorBoard."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -163,6 +164,14 @@ def test_a_new_run_starts_an_empty_log(log, tmp_path):
     (tmp_path / METRICS_FILE).write_text('{"step": 1, "loss": 1.0}\n')
     log(0)
     assert lines(tmp_path) == []
+
+
+def test_a_line_that_cannot_be_printed_ends_nothing(log, monkeypatch):
+    def full(*line, **settings):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("builtins.print", full)
+    log(0).say("hello")
 
 
 def test_other_ranks_write_nothing(log, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What watchdogs conclude from the reports of all ranks. (That they end a hang: tests/end_to_end/test_faults.py.)"""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -51,6 +52,25 @@ def test_while_marks_come_nothing_happens(tmp_path: Path):
             watchdog.mark(step, "work")
             time.sleep(0.05)
     assert not (tmp_path / HANGS).exists()
+
+
+def test_time_for_which_the_whole_process_was_stopped_does_not_count(tmp_path: Path):
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from megarq.launch.watchdog import Watchdog\n"
+        "with Watchdog(Path(sys.argv[1]), 0, 1, 2.0, print) as watchdog:\n"
+        "    watchdog.mark(4, 'work')\n"
+        "    print('begun', flush=True)\n"
+        "    time.sleep(0.5)\n"
+        "print('done')\n"
+    )
+    process = subprocess.Popen([sys.executable, "-uc", code, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(5)
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate(timeout=50)[0] == "done\n" and process.returncode == 0
 
 
 def test_reports_of_the_last_hang_are_kept(tmp_path: Path):

@@ -35,6 +35,9 @@ def test_the_others_quote_it(fault, kind):
         (FaultError("try again"), True),
         (OSError(errno.ENOSPC, "full", "/disk"), False),
         (OSError(errno.EIO, "gone", "/disk"), True),
+        (OSError(errno.ESHUTDOWN, "evicted", "/lustre"), True),
+        (BrokenPipeError(errno.EPIPE, "the launcher is dead"), True),
+        (PermissionError(errno.EACCES, "not yours", "/disk"), False),
     ],
 )
 def test_the_others_learn_whether_a_restart_may_help(error, fault):
