@@ -11,8 +11,8 @@ class ConfigError(MegarqError):
     """A configuration, an option or a combination of them that cannot be run."""
 
 
-class TooLittleMemoryError(ConfigError):
-    """More is asked for at once than the device's memory holds."""
+class TooLittleMemoryError(MegarqError):
+    """More is asked for at once than this rank's device holds."""
 
 
 class DataError(MegarqError):
@@ -48,6 +48,7 @@ _FOR_A_PERSON = frozenset(
     {
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.EEXIST),
         *(errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EXDEV),
+        *(errno.EMFILE, errno.ENOSYS, errno.EOPNOTSUPP),
     }
 )
 """Errors of the system that the next attempt would meet again; others, EIO or ESHUTDOWN of a storage, may be gone."""

@@ -4,7 +4,6 @@
 #     rank that ended first   0    the job is done
 #                             2    a person must mend something: the job fails
 #                             75   asked to stop, all saved: the job is queued again
-#                             143  ended by SIGTERM, as commands are that save all the time: the same
 #                             73   another job trains into the folder: a fault, whatever progress that job makes
 #                             else a fault: queued again, MAX_DEATHS times at most without progress between them
 
@@ -101,7 +100,7 @@ supervise() {
     elif ((status == 2)); then
         say "ended with status 2: see the message above, and mend it before this is started again"
         exit 2
-    elif ((status == 75 || status == 143)) || [[ $asked ]]; then
+    elif ((status == 75)) || [[ $asked ]]; then
         say "stopped as asked"
     elif ((status == 73)); then
         count_death "another job's folder" "$status"
@@ -118,7 +117,7 @@ bound() {
     trap '' USR1 TERM
     while ((seconds < ${END_SECONDS:-120})); do
         sleep 1
-        [[ -s $MEGARQ_STATUS ]] && ((seconds += 1))
+        [[ -e $MEGARQ_STATUS ]] && ((seconds += 1))
     done
     say "not returned for $seconds s after a rank ended with status $(cat "$MEGARQ_STATUS"): given up"
     kill -KILL "$1"
@@ -149,7 +148,10 @@ count_death() {
     local deaths=0 before=
     [[ -s $notes.deaths ]] && read -r deaths before <"$notes.deaths"
     [[ $before == "$1" ]] || deaths=0
-    printf '%d %s\n' $((deaths += 1)) "$1" >"$notes.deaths"
+    ((deaths += 1))
+    if ! printf '%d %s\n' "$deaths" "$1" >"$notes.deaths" 2>/dev/null; then # a full disk: all of them, then
+        deaths=$((${SLURM_RESTART_COUNT:-0} + 1))
+    fi
     say "a fault (status $2), the ${deaths}. in a row at $1"
     if ((deaths >= ${MAX_DEATHS:-3})); then
         say "giving up: no progress in $deaths attempts. Look at the output above, then submit the same again."
@@ -157,9 +159,11 @@ count_death() {
     fi
 }
 
-# What the site has done before everything else. Where that fails, it may be by this node.
+# What the site has done before everything else. Where that fails, it may be by this node, and a job that is run once is
+# not queued again.
 setup_failed() {
     trap - EXIT
+    [[ ${ONCE:-} ]] && exit "$1"
     set +eu
     say "SETUP ended with status $1 on ${SLURMD_NODENAME:-this node}"
     count_death SETUP "$1"
@@ -167,7 +171,8 @@ setup_failed() {
     exit 0
 }
 trap 'setup_failed $?' EXIT
+trap 'trap - EXIT; say "stopped as asked"; queue_again; exit 0' USR1 TERM
 set +u
 eval "${SETUP:-}"
 set -u
-trap - EXIT
+trap - EXIT USR1 TERM

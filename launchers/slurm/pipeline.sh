@@ -23,7 +23,7 @@ set -u
 # shellcheck source=/dev/null
 source "$walk"
 
-declare -A numbers
+declare -A numbers=()
 
 # Half a walk would be submitted a second time with the other half.
 take_back() {

@@ -68,8 +68,8 @@ def newest_checkpoint(run: str | Path, rank: int = 0, world_size: int = 1, gathe
         answers = gather((problem, fault))
         if faults := [other for other, fault in answers if fault]:
             raise FaultError(
-                f"{root / name} cannot be read ({faults[0]}), though it may be whole. Give the same command again, and "
-                "look at that storage where this comes again."
+                f"{root / name} cannot be read ({faults[0]}), though it may be whole. Give the same command again; "
+                "where this comes again, look at that storage, or move the folder away to go on from the one before."
             )
         found = [other for other, _ in answers if other is not None]
         if checkpoint is not None and not found:

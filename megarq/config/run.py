@@ -194,6 +194,9 @@ class LogConfig:
         )
 
 
+MOST_GUIDANCE = 1000.0
+
+
 @dataclass
 class SamplingConfig:
     """How pictures are drawn from the model, unless told otherwise."""
@@ -209,7 +212,7 @@ class SamplingConfig:
 
     def validate(self) -> None:
         """Raise ConfigError where a value cannot be run."""
-        top_p, guidance = Range(0, 1, open_low=True), Range(0)
+        top_p, guidance = Range(0, 1, open_low=True), Range(0, MOST_GUIDANCE)
         check_ranges("sampling", self, top_k=COUNT, top_p=top_p, temperature=POSITIVE, guidance=guidance)
 
 

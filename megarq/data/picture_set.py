@@ -87,8 +87,8 @@ class PictureSettings:
     """network and sha256 (of its weights) of what ranked the candidates."""
     resolution: int
     """Height and width of the pictures."""
-    tp: int = 1
-    """Ranks that share the model, whose sums round differently; older sets do not tell: 1."""
+    tp: int | None = 1
+    """Ranks that share the model, whose sums round differently; None in older sets, which do not tell."""
 
     def save(self, folder: Path, complete: bool) -> None:
         """Write pictures.json, atomically."""
@@ -117,7 +117,7 @@ class PictureSettings:
             )
         try:
             fields = {name: content[name] for name in cls.__dataclass_fields__ if name != "tp"}
-            fields["tp"] = content.get("tp", 1)
+            fields["tp"] = content.get("tp")
             fields["sampling"] = {"guidance": 1.0} | fields["sampling"]
             return cls(**fields), bool(content["complete"])
         except KeyError as error:
@@ -273,7 +273,9 @@ def items_digest(items: Iterable[Item]) -> str:
 def _check_settings(folder: Path, found: PictureSettings, wanted: PictureSettings) -> None:
     there, now = _flat(found), _flat(wanted)
     for name in there | now:
-        if there.get(name) != now.get(name) and name != "model.name":  # a model may be moved and renamed
+        if name == "model.name" or (name == "tp" and there[name] is None):  # a model may be moved and renamed
+            continue
+        if there.get(name) != now.get(name):
             differ = f"{name}={there.get(name)}, this command has {name}={now.get(name)}"
             if name == "items":
                 differ = "other prompts or classes than this command has"

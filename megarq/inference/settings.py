@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megarq.config.run import MOST_GUIDANCE
 from megarq.errors import ConfigError
 
 Counts = int | Sequence[int | None] | None
@@ -19,7 +20,6 @@ Shares = float | Sequence[float]
 
 _TRITON = importlib.util.find_spec("triton") is not None
 _COOLEST = 1e-6
-_MOST_GUIDANCE = 1000.0
 _NUCLEUS = 256
 """Codes that top-p alone is first looked for in."""
 
@@ -145,9 +145,9 @@ def _number(value: Any) -> float:
 def check_guidance(value: Any, condition: str) -> float:
     """The scale as a float. Raises ConfigError where it is out of range, or the condition has no null."""
     scale = _number(value)
-    if not 0 <= scale <= _MOST_GUIDANCE:
+    if not 0 <= scale <= MOST_GUIDANCE:
         raise ConfigError(
-            f"guidance={value!r}: give a number from 0 to {_MOST_GUIDANCE:g}; 1 is none, and 2 to 8 stress the caption."
+            f"guidance={value!r}: give a number from 0 to {MOST_GUIDANCE:g}; 1 is none, and 2 to 8 stress the caption."
         )
     if scale != 1 and condition != "text":
         raise ConfigError(

@@ -115,7 +115,7 @@ class Watchdog:
         while not self._closed.wait(pause):
             now = time.monotonic()
             if now - woke > pause + SUSPENDED:
-                self._since += now - woke - pause
+                self._since = min(now, self._since + now - woke - pause)
             woke = now
             if time.monotonic() - self._since > self._patience:
                 last = threading.Timer(4 * GRACE, os._exit, (HUNG,))

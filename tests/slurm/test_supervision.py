@@ -75,7 +75,7 @@ def judge(tmp_path: Path) -> Callable[..., Judged]:
         (0, 0, "done"),
         (2, 0, "ended with status 2: see the message above"),
         (75, 1, "stopped as asked"),
-        (143, 1, "stopped as asked"),
+        (143, 1, "a fault (status 143), the 1. in a row at nothing"),
         (76, 1, "a fault (status 76), the 1. in a row at nothing"),
     ],
 )
@@ -128,6 +128,23 @@ def test_a_count_that_was_lost_begins_anew(judge, tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "job-7.deaths").touch()
     assert "the 1. in a row" in judge("exit 1").said
+
+
+def test_faults_are_counted_where_no_count_can_be_written(judge, tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "job-7.deaths").symlink_to("/dev/full")
+    assert [judge("exit 1", SLURM_RESTART_COUNT=count).requeued for count in (0, 1)] == [1, 0]
+
+
+@pytest.mark.parametrize("number", ["USR1", "TERM"])
+def test_a_job_that_is_asked_to_stop_while_it_is_set_up_comes_back(judge, number):
+    judged = judge("exit 9", site=f"SETUP='kill -{number} $$'")
+    assert (judged.status, judged.requeued) == (0, 1) and "stopped as asked" in judged.said
+
+
+def test_a_job_that_is_run_once_fails_by_its_setup(judge):
+    judged = judge("exit 0", site="ONCE=yes\nSETUP=false")
+    assert (judged.status, judged.requeued) == (1, 0)
 
 
 def test_a_setup_that_fails_is_a_fault_of_the_node(judge):

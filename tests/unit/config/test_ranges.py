@@ -15,7 +15,7 @@ REFUSED = {
             "log.sample_every=-1",
         ),
         *("sampling.top_k=0", "sampling.top_p=0", "sampling.temperature=0", "data.workers=-1", "data.bpe_dropout=3"),
-        *("data.caption_dropout=1.1", "sampling.guidance=-1"),
+        *("data.caption_dropout=1.1", "sampling.guidance=-1", "sampling.guidance=1001"),
         *("data.validation_shards=-1", "train.betas=[1.5,0.9]", "train.weight_decay=-1", "train.clip=-1"),
         *(
             "train.warmup_steps=-5",

@@ -188,8 +188,8 @@ def test_a_set_of_before_there_were_guidance_and_tp_goes_on(begun: Callable[...,
     content = json.loads(path.read_bytes())
     del content["sampling"]["guidance"], content["tp"]
     path.write_text(json.dumps(content))
-    assert PictureSettings.load(tmp_path / "set") == (SETTINGS, False)
-    fill(begun())
+    assert PictureSettings.load(tmp_path / "set") == (replace(SETTINGS, tp=None), False)
+    fill(begun(tp=2))
     assert begun().finish()
 
 
