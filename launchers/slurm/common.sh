@@ -79,9 +79,11 @@ supervise() {
     rm -f "$MEGARQ_STATUS"
     say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST"
     # Before a time limit SLURM sends USR1 here, to this shell alone, and TERM when it takes the nodes away.
-    trap 'asked=yes; kill -USR1 "$step" 2>/dev/null || true' USR1 TERM
+    step=
+    trap 'asked=yes; [[ $step ]] && kill -USR1 "$step" 2>/dev/null' USR1 TERM
     (set -e && "$@") &
     step=$!
+    [[ $asked ]] && kill -USR1 "$step"
     bound "$step" &
     watcher=$!
     disown "$watcher" # its end is not news
