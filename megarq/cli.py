@@ -47,12 +47,12 @@ def run(main: Callable[[], None]) -> int:
             print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
         else:
             time.sleep(SECONDS_FOR_RANK_ZERO)  # a launcher ends all ranks with the first, and rank 0 must have spoken
-        return HELD if isinstance(error, RunHeldError) else 1 if is_fault(error) else 2
+        return _status(error)
     except OSError as error:
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}. Check the path, its rights and the disk.", file=sys.stderr)
-        return 1 if is_fault(error) else 2
+        return _status(error)
     except Stopped as stopped:
         if rank == 0:
             print(stopped)
@@ -61,6 +61,12 @@ def run(main: Callable[[], None]) -> int:
         print(INTERRUPTED, file=sys.stderr)
         return 130
     return 0
+
+
+def _status(error: MegarqError | OSError) -> int:
+    if isinstance(error, RunHeldError):
+        return HELD
+    return 1 if is_fault(error) else 2
 
 
 def _say_interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -44,6 +44,10 @@ class FaultError(MegarqError):
     may be all that it takes."""
 
 
+class RunHeldError(FaultError):
+    """Another job trains into the run's folder; it may be one that is about to end."""
+
+
 _FOR_A_PERSON = frozenset(
     {
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.EEXIST),
@@ -59,10 +63,6 @@ def is_fault(error: MegarqError | OSError) -> bool:
     if isinstance(error, OSError):
         return error.errno is not None and error.errno not in _FOR_A_PERSON
     return isinstance(error, FaultError | StorageError)
-
-
-class RunHeldError(FaultError):
-    """Another job trains into the run's folder; it may be one that is about to end."""
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error

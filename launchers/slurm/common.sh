@@ -9,10 +9,8 @@
 
 cd "${MEGARQ_ROOT:-$SLURM_SUBMIT_DIR}" || exit 2
 here=launchers/slurm
-set +u # sites write what this does not let pass, such as $LD_LIBRARY_PATH
-# shellcheck source=/dev/null
-source "${MEGARQ_SITE:-$here/site.env}"
-set -u
+# shellcheck source=launchers/slurm/read_site.sh
+source $here/read_site.sh
 export SLURM_EXPORT_ENV=ALL # where sbatch was told to export nothing, srun would hand tasks no environment either
 mkdir -p "$LOGS"
 notes=$LOGS/job-$SLURM_JOB_ID

@@ -16,10 +16,8 @@ walk=$(realpath "$1")
 MEGARQ_SITE=$(realpath -m "${MEGARQ_SITE:-$here/site.env}")
 export MEGARQ_SITE
 cd "$here/../.."
-set +u # sites write what this does not let pass, such as $LD_LIBRARY_PATH
-# shellcheck source=/dev/null
-source "$MEGARQ_SITE"
-set -u
+# shellcheck source=launchers/slurm/read_site.sh
+source "$here/read_site.sh"
 # shellcheck source=/dev/null
 source "$walk"
 

@@ -29,10 +29,8 @@ done
 shift
 
 cd "$MEGARQ_ROOT" # relative paths are the job's, which runs here
-set +u # sites write what this does not let pass, such as $LD_LIBRARY_PATH
-# shellcheck source=/dev/null
-source "$MEGARQ_SITE"
-set -u
+# shellcheck source=launchers/slurm/read_site.sh
+source "$here/read_site.sh"
 : "${LOGS:?$MEGARQ_SITE sets no LOGS: a folder that all nodes share}"
 : "${RANKS_PER_NODE:?$MEGARQ_SITE sets no RANKS_PER_NODE: the GPUs of a node}"
 mkdir -p "$LOGS"

@@ -87,7 +87,7 @@ def newest_checkpoint(run: str | Path, rank: int = 0, world_size: int = 1, gathe
     return None
 
 
-def _verified(folder: Path, rank: int, world_size: int) -> Checkpoint:
+def _verified(folder: Path, rank: int = 0, world_size: int = 1) -> Checkpoint:
     checkpoint = Checkpoint.open(folder)
     checkpoint.verify(rank, world_size)
     return checkpoint
@@ -119,9 +119,7 @@ def checkpoint_at(run: str | Path, step: int | None = None) -> Checkpoint:
         raise CheckpointError(
             f"{folder} does not exist: the run keeps {', '.join(kept) or 'no checkpoint'}. Give another step."
         )
-    checkpoint = Checkpoint.open(folder)
-    checkpoint.verify()
-    return checkpoint
+    return _verified(folder)
 
 
 def _candidates(root: Path) -> list[str]:

@@ -116,8 +116,8 @@ class PictureSettings:
                 f"version {VERSION}. Make the set again."
             )
         try:
-            fields = {name: content[name] for name in cls.__dataclass_fields__ if name != "tp"}
-            fields["tp"] = content.get("tp")
+            content = {"tp": None} | content
+            fields = {name: content[name] for name in cls.__dataclass_fields__}
             fields["sampling"] = {"guidance": 1.0} | fields["sampling"]
             return cls(**fields), bool(content["complete"])
         except KeyError as error:
@@ -273,8 +273,8 @@ def items_digest(items: Iterable[Item]) -> str:
 def _check_settings(folder: Path, found: PictureSettings, wanted: PictureSettings) -> None:
     there, now = _flat(found), _flat(wanted)
     for name in there | now:
-        if name == "model.name" or (name == "tp" and there[name] is None):  # a model may be moved and renamed
-            continue
+        if name == "model.name" or (name == "tp" and there[name] is None):
+            continue  # a model may be moved and renamed; older sets do not tell how many ranks shared it
         if there.get(name) != now.get(name):
             differ = f"{name}={there.get(name)}, this command has {name}={now.get(name)}"
             if name == "items":

@@ -4,7 +4,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,13 @@ class Session:
     device: torch.device
     checkpoint: Checkpoint | None
     """Where the run goes on; None for a new one."""
-    launcher: str = "none"
+    launcher: str
     """What started the ranks."""
-    preflight: Preflight | None = None
+    preflight: Preflight | None
     """Checks before the first step, begun; None for none."""
-    lock: RunLock | None = None
+    lock: RunLock
     """Rank 0's on the run's folder."""
-    watchdog: Watchdog = field(default_factory=Watchdog.none)
+    watchdog: Watchdog
     """Of this process, at work."""
 
     @classmethod
@@ -81,10 +81,9 @@ class Session:
         watchdog = watchdog or Watchdog.none()
         if preflight is not None:
             preflight.try_collectives(groups, partial(watchdog.mark, 0))
-        lock = RunLock(run)
-        session = cls(config, ds, run, groups, device, None, launcher, preflight, lock, watchdog)
+        session = cls(config, ds, run, groups, device, None, launcher, preflight, RunLock(run), watchdog)
         session.prepare("the run's folder")
-        session.keep_beside(lambda run: lock.take())
+        session.keep_beside(lambda run: session.lock.take())
         session.checkpoint = newest_checkpoint(run, topology.rank, topology.world_size, gather_objects)
         if session.checkpoint is not None:
             _check_same_model(session.checkpoint, config, run)
@@ -195,8 +194,8 @@ class Session:
             log.say(f"changed since the checkpoint: {change}")
         try:
             with CheckpointWriter(self.run, config.checkpoint, topology, step, log.say, log.saved) as writer:
-                task, watchdog = make_task(engine), self.watchdog
-                trainer = Trainer(plan, engine, state, task, self.groups, self.device, log, writer, watchdog, step)
+                task = make_task(engine)
+                trainer = Trainer(plan, engine, state, task, self.groups, self.device, log, writer, self.watchdog, step)
                 with interrupts_noted():
                     trainer.fit(batches)
         except Exception as error:
@@ -205,8 +204,7 @@ class Session:
             raise
         finally:
             log.close()
-            if self.lock is not None:
-                self.lock.release()
+            self.lock.release()
             engine.destroy()
 
     def _changes(self) -> list[str]:

@@ -131,6 +131,13 @@ def retry_seconds(config: RQTransformerRunConfig) -> float:
     return min(config.data.retry_seconds, config.faults.hang_seconds / 2 or math.inf)
 
 
+def lost_from(data: Mixture, faulty: Mapping[Path, DataError], config: RQTransformerRunConfig) -> LostBlocks:
+    """Which blocks are lost at the start: those of the faulty shards."""
+    lost = LostBlocks(len(data.block_sizes), retry_seconds(config))
+    lost.add(data.blocks_in(faulty))
+    return lost
+
+
 def make_batches(
     session: Session,
     train: Mixture,
@@ -154,8 +161,7 @@ def make_batches(
         "seed": config.train.seed,
         "targets": config.objective.targets,
     }
-    lost = LostBlocks(len(train.block_sizes), retry_seconds(config))
-    lost.add(train.blocks_in(faulty))
+    lost = lost_from(train, faulty, config)
     if (count := int(train.block_sizes[lost.mask].sum())) > config.data.max_lost_rate * train.samples:
         raise too_many(count, train.samples, config.data.max_lost_rate, list(map(str, faulty.values())))
     encode = partial(encode_caption, tokenizer, config.model.cond_length) if tokenizer else None
@@ -173,8 +179,7 @@ def make_batches(
     if held_out is None:
         return loader, None
     whole = partial(encode, 0.0) if encode else None
-    away = LostBlocks(len(held_out.block_sizes), retry_seconds(config))
-    away.add(held_out.blocks_in(faulty))
+    away = lost_from(held_out, faulty, config)
     start_pass = partial(validation_batches, held_out, caption_encoder=whole, lost=away, **options)
     start_pass()  # what the shards lack is said now, not at the first validation
     return loader, start_pass

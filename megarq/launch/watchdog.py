@@ -117,7 +117,7 @@ class Watchdog:
             if now - woke > pause + SUSPENDED:
                 self._since = min(now, self._since + now - woke - pause)
             woke = now
-            if time.monotonic() - self._since > self._patience:
+            if now - self._since > self._patience:
                 last = threading.Timer(4 * GRACE, os._exit, (HUNG,))
                 last.daemon = True
                 last.start()
